@@ -1,0 +1,162 @@
+"""What a solution costs and whether it is valid, computed from owners, messages and weights alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+
+from repurpose_opt.exchange import Exchange
+from repurpose_opt.moments import with_ridge
+from repurpose_opt.problem import LayerProblem, Weight, dense
+
+TOLERANCE = 1e-9
+
+
+def worker_load(problem: LayerProblem, owner: NDArray[np.int64]) -> NDArray[np.float64]:
+    """(P,) load that each worker holds."""
+    return np.asarray(np.bincount(owner, problem.load, problem.P), dtype=np.float64)
+
+
+def traffic(problem: LayerProblem, exchange: Exchange) -> NDArray[np.int64]:
+    """(P, P) bytes a sample from worker p (row) to worker k (column)."""
+    sent = np.zeros((problem.P, problem.P), dtype=np.int64)
+    for (source, target), message in exchange.messages.items():
+        sent[source, target] = problem.value_bytes[message.values].sum()
+    return sent
+
+
+def volume(problem: LayerProblem, exchange: Exchange) -> int:
+    """Bytes of all messages for one sample."""
+    return int(traffic(problem, exchange).sum())
+
+
+def priced_volume(problem: LayerProblem, exchange: Exchange) -> float:
+    """Σ over messages of bytes · link_price."""
+    return float((traffic(problem, exchange) * problem.link_price).sum())
+
+
+def busiest(problem: LayerProblem, exchange: Exchange) -> int:
+    """Max over workers of max(bytes sent, bytes received) for one sample."""
+    sent = traffic(problem, exchange)
+    return int(max(sent.sum(axis=1).max(), sent.sum(axis=0).max()))
+
+
+def kept_columns(problem: LayerProblem, transfers: NDArray[np.bool_], worker: int) -> NDArray[np.int64]:
+    """Columns that a worker has: those of the values it holds or receives."""
+    has = transfers[:, worker] | (problem.input_owner == worker)
+    return np.flatnonzero(has[problem.column_value])
+
+
+def worker_macs(problem: LayerProblem, owner: NDArray[np.int64], transfers: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """(P,) multiply-accumulates a sample: rows held times columns had, as a dense sub-matrix computes them."""
+    rows = np.bincount(owner[problem.row_neuron], minlength=problem.P)
+    columns = [len(kept_columns(problem, transfers, k)) for k in range(problem.P)]
+    return rows * np.array(columns)
+
+
+def weighted_error(problem: LayerProblem, owner: NDArray[np.int64], weight: Weight) -> float:
+    """E Σ_i g_i (Wx − Vx̂)_i² for centred inputs, plus the ridge term λ Σ_i g_i ‖W_i − V_i‖².
+
+    O(m |S|²) for weights V that read |S| columns on each worker.
+    """
+    rows = _squared_error(problem, owner, weight, problem.moments.ridge)
+    return float(np.maximum(rows, 0.0) @ problem.output_weight)
+
+
+def nmse(problem: LayerProblem, owner: NDArray[np.int64], weight: Weight, bias: NDArray[np.float64]) -> float:
+    """E‖Wx + b − Vx̂ − b'‖² / E‖Wx‖² on the calibration moments: uncentred, without g or ridge."""
+    moments = problem.moments
+    centred = np.maximum(_squared_error(problem, owner, weight, 0.0), 0.0).sum()
+    shift = problem.weight @ moments.target_mean + problem.bias - weight @ moments.mean - bias
+    scale = _energy(problem, 0.0).sum() + np.square(problem.weight @ moments.target_mean).sum()
+    error = centred + np.square(shift).sum()
+    return float(error / scale) if scale > 0 else (0.0 if error <= TOLERANCE else float("inf"))
+
+
+def violations(problem: LayerProblem, owner: NDArray[np.int64], exchange: Exchange, weight: Weight) -> tuple[str, ...]:
+    """What is wrong with a solution, one line each; empty for a valid one."""
+    found = placement_violations(problem, owner)
+    if found:
+        return found
+    outside = weights_outside(problem, owner, exchange, weight)
+    return (f"{outside} nonzero weights read values that their worker does not have",) if outside else ()
+
+
+def placement_violations(problem: LayerProblem, owner: NDArray[np.int64]) -> tuple[str, ...]:
+    """What is wrong with the owners alone: range, capacity, min_load, allowed."""
+    if owner.shape != (problem.m,) or owner.dtype.kind not in "iu":
+        return (f"owner has dtype {owner.dtype} and shape {owner.shape}, not ({problem.m},) whole numbers",)
+    if ((owner < 0) | (owner >= problem.P)).any():
+        return (f"owner outside 0 … {problem.P - 1}",)
+    found = []
+    load = worker_load(problem, owner)
+    slack = TOLERANCE * problem.load.sum()
+    for k in np.flatnonzero(load > problem.capacity + slack):
+        found.append(f"worker {k} holds load {load[k]:g}, above its capacity {problem.capacity[k]:g}")
+    for k in np.flatnonzero(load < problem.min_load - slack):
+        found.append(f"worker {k} holds load {load[k]:g}, below its min_load {problem.min_load[k]:g}")
+    forbidden = ~problem.allowed[np.arange(problem.m), owner]
+    if forbidden.any():
+        i = int(np.flatnonzero(forbidden)[0])
+        found.append(f"neuron {i} is on worker {owner[i]}, which is not allowed")
+    return tuple(found)
+
+
+def weights_outside(problem: LayerProblem, owner: NDArray[np.int64], exchange: Exchange, weight: Weight) -> int:
+    """Nonzeros of V whose value is neither held by their worker nor sent to it."""
+    missing = ~exchange.transfers
+    missing[np.arange(problem.n), problem.input_owner] = False
+    missing = missing[problem.column_value]
+    row_owner = owner[problem.row_neuron]
+    if sparse.issparse(weight):
+        entries = weight.tocoo()
+        return int((missing[entries.col, row_owner[entries.row]] & (entries.data != 0)).sum())
+    return sum(int(np.count_nonzero(weight[np.ix_(row_owner == k, missing[:, k])])) for k in range(problem.P))
+
+
+def _energy(problem: LayerProblem, ridge: float) -> NDArray[np.float64]:
+    """Diagonal of W (C₀+ridge·I) Wᵀ, (rows,)."""
+    excess = problem.moments.ridge - ridge
+    if excess == 0:
+        return problem.output_energy
+    squared = problem.weight.multiply(problem.weight) if problem.is_sparse else np.square(problem.weight)
+    return problem.output_energy - excess * np.asarray(squared.sum(axis=1), dtype=np.float64).ravel()
+
+
+def _squared_error(
+    problem: LayerProblem, owner: NDArray[np.int64], weight: Weight, ridge: float
+) -> NDArray[np.float64]:
+    """(rows,) diagonal of W C₀ Wᵀ − 2 V Dᵀ Wᵀ + V C Vᵀ, each matrix with ridge·I added."""
+    moments = problem.moments
+    if moments.is_diagonal:
+        return _diagonal_squared_error(problem, weight, ridge)
+    second = with_ridge(moments.second, ridge)
+    cross = problem.predicted_moment - (moments.ridge - ridge) * dense(problem.weight)
+    row_owner = owner[problem.row_neuron]
+    error = _energy(problem, ridge).copy()
+    for k in range(problem.P):
+        rows = np.flatnonzero(row_owner == k)
+        block = dense(weight[rows]).astype(np.float64)
+        columns = np.flatnonzero(block.any(axis=0))
+        block = block[:, columns]
+        product = block @ second[np.ix_(columns, columns)] - 2 * cross[np.ix_(rows, columns)]
+        error[rows] += np.einsum("rc,rc->r", product, block)
+    return error
+
+
+def _diagonal_squared_error(problem: LayerProblem, weight: Weight, ridge: float) -> NDArray[np.float64]:
+    moments = problem.moments
+    if moments.same_inputs:
+        difference = problem.weight - weight
+        squared: Any = difference.multiply(difference) if sparse.issparse(difference) else np.square(difference)
+        return np.asarray(squared @ (moments.second + ridge), dtype=np.float64)
+    if sparse.issparse(weight):
+        squared, product = weight.multiply(weight), weight.multiply(problem.weight)
+    else:
+        squared, product = np.square(weight), weight * problem.weight
+    return np.asarray(
+        _energy(problem, ridge) - 2 * (product @ (moments.cross + ridge)) + squared @ (moments.second + ridge)
+    )

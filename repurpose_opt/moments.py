@@ -1,0 +1,158 @@
+"""First and second moments of a layer's inputs: all that placement and pruning need of the data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from repurpose_opt.errors import InvalidArgument
+
+RELATIVE_RIDGE = 1e-3
+"""Default λ, as a fraction of the mean variance of an input."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Centred moments of the inputs x (original network) and x̂ (what the layer really receives).
+
+    Each matrix is (columns, columns), or (columns,) where only the diagonal is known.
+    `second` is C = E[x̂x̂ᵀ], `cross` is D = E[xx̂ᵀ], `target` is C₀ = E[xxᵀ], all centred;
+    `mean` is E[x̂], `target_mean` is E[x], each (columns,). Where x̂ = x the three are one array.
+    `ridge` is λ ≥ 0: optimisation uses C+λI, D+λI, C₀+λI, which adds λ‖W−V‖² to the error.
+    """
+
+    second: NDArray[np.float64]
+    cross: NDArray[np.float64]
+    target: NDArray[np.float64]
+    mean: NDArray[np.float64]
+    target_mean: NDArray[np.float64]
+    ridge: float = 0.0
+
+    @property
+    def is_diagonal(self) -> bool:
+        return self.second.ndim == 1
+
+    @property
+    def same_inputs(self) -> bool:
+        """Whether x̂ = x, so that the target weights are the given ones."""
+        return self.cross is self.second
+
+    @cached_property
+    def variance(self) -> NDArray[np.float64]:
+        """Diagonal of C+λI, (columns,)."""
+        diagonal = self.second if self.is_diagonal else np.diagonal(self.second)
+        return diagonal + self.ridge
+
+    @cached_property
+    def regularised(self) -> NDArray[np.float64]:
+        """C+λI, in the shape of `second`."""
+        return with_ridge(self.second, self.ridge)
+
+    @staticmethod
+    def identity(columns: int) -> Moments:
+        """C = D = C₀ = I and zero means: the error is then ‖W−V‖²."""
+        ones, zeros = np.ones(columns), np.zeros(columns)
+        return Moments(ones, ones, ones, zeros, zeros)
+
+    @staticmethod
+    def from_samples(inputs: ArrayLike, target_inputs: ArrayLike | None = None) -> Moments:
+        """Moments of samples: `inputs` (samples, columns) is x̂, `target_inputs` is x (x̂ if omitted)."""
+        received = _samples("inputs", inputs)
+        mean = received.mean(axis=0)
+        received = received - mean
+        second = received.T @ received / len(received)
+        if target_inputs is None:
+            return with_default_ridge(second, second, second, mean, mean)
+        original = _samples("target_inputs", target_inputs)
+        if original.shape != received.shape:
+            raise InvalidArgument("target_inputs", f"shape {original.shape}", f"the shape of inputs, {received.shape}")
+        target_mean = original.mean(axis=0)
+        original = original - target_mean
+        return with_default_ridge(
+            second, original.T @ received / len(received), original.T @ original / len(received), mean, target_mean
+        )
+
+    @staticmethod
+    def from_raw(
+        second_moment: ArrayLike,
+        cross_moment: ArrayLike | None = None,
+        input_mean: ArrayLike | None = None,
+        target_moment: ArrayLike | None = None,
+        target_mean: ArrayLike | None = None,
+    ) -> Moments:
+        """Centre raw moments E[x̂x̂ᵀ], E[xx̂ᵀ], E[xxᵀ] (square, or their diagonals) by the means given."""
+        second = _finite("second_moment", second_moment)
+        if second.ndim not in (1, 2) or (second.ndim == 2 and second.shape[0] != second.shape[1]):
+            raise InvalidArgument("second_moment", f"shape {second.shape}", "(columns, columns) or (columns,)")
+        _check_symmetric_nonnegative("second_moment", second)
+        columns = len(second)
+        mean = np.zeros(columns) if input_mean is None else _finite("input_mean", input_mean, (columns,))
+        centred = second - _outer(mean, mean, second.ndim)
+        if cross_moment is None:
+            for name, given in (("target_moment", target_moment), ("target_mean", target_mean)):
+                if given is not None:
+                    raise InvalidArgument(name, "a value without cross_moment", "cross_moment with it, or neither")
+            return with_default_ridge(centred, centred, centred, mean, mean)
+        if target_moment is None:
+            raise InvalidArgument("target_moment", None, "E[xxᵀ] whenever cross_moment is given")
+        original = mean if target_mean is None else _finite("target_mean", target_mean, (columns,))
+        cross = _finite("cross_moment", cross_moment, second.shape) - _outer(original, mean, second.ndim)
+        target = _finite("target_moment", target_moment, second.shape)
+        _check_symmetric_nonnegative("target_moment", target)
+        target = target - _outer(original, original, second.ndim)
+        return with_default_ridge(centred, cross, target, mean, original)
+
+
+def with_ridge(matrix: NDArray[np.float64], ridge: float) -> NDArray[np.float64]:
+    """matrix + λI for a square matrix, matrix + λ for a diagonal."""
+    if ridge == 0:
+        return matrix
+    if matrix.ndim == 1:
+        return matrix + ridge
+    regularised = matrix.copy()
+    np.fill_diagonal(regularised, np.diagonal(matrix) + ridge)
+    return regularised
+
+
+def with_default_ridge(
+    second: NDArray[np.float64],
+    cross: NDArray[np.float64],
+    target: NDArray[np.float64],
+    mean: NDArray[np.float64],
+    target_mean: NDArray[np.float64],
+) -> Moments:
+    """Moments with λ = RELATIVE_RIDGE · mean variance (tiny but positive where all inputs are constant)."""
+    variance = second if second.ndim == 1 else np.diagonal(second)
+    ridge = max(RELATIVE_RIDGE * float(variance.mean()), 1e-12)
+    return Moments(second, cross, target, mean, target_mean, ridge)
+
+
+def _finite(name: str, value: ArrayLike, shape: tuple[int, ...] | None = None) -> NDArray[np.float64]:
+    array = np.asarray(value, dtype=np.float64)
+    if shape is not None and array.shape != shape:
+        raise InvalidArgument(name, f"shape {array.shape}", f"shape {shape}")
+    if not np.isfinite(array).all():
+        raise InvalidArgument(name, "NaN or infinite entries", "finite numbers")
+    return array
+
+
+def _samples(name: str, value: ArrayLike) -> NDArray[np.float64]:
+    array = _finite(name, value)
+    if array.ndim != 2 or len(array) == 0:
+        raise InvalidArgument(name, f"shape {array.shape}", "(samples, columns) with at least one sample")
+    return array
+
+
+def _check_symmetric_nonnegative(name: str, matrix: NDArray[np.float64]) -> None:
+    diagonal = matrix if matrix.ndim == 1 else np.diagonal(matrix)
+    if (diagonal < 0).any():
+        raise InvalidArgument(name, f"{diagonal.min():.3g} on its diagonal", "non-negative second moments")
+    if matrix.ndim == 2 and not np.allclose(matrix, matrix.T, rtol=1e-5, atol=1e-8 * max(diagonal.max(), 1e-300)):
+        raise InvalidArgument(name, "an unsymmetric matrix", "a symmetric one")
+
+
+def _outer(left: NDArray[np.float64], right: NDArray[np.float64], dimensions: int) -> NDArray[np.float64]:
+    return left * right if dimensions == 1 else np.outer(left, right)

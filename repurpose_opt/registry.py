@@ -1,0 +1,97 @@
+"""Finds partitioners, pruners, formulations and test sets by entry point; the core imports none of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
+from typing import Any
+
+from repurpose_opt.errors import DuplicateSolver, SolverNotInstalled, UnknownSolver
+
+KINDS = ("partitioners", "pruners", "formulations", "testsets")
+
+_INSTALL = {
+    "ortools": "pip install 'repurpose-opt[ortools]'",
+    "pymetis": "pip install 'repurpose-opt[metis]'",
+    "cvxpy": "pip install 'repurpose-opt[cvxpy]'",
+    "torch": "pip install 'repurpose-opt[network]'",
+    "numba": "pip install 'repurpose-opt[numba]'",
+}
+
+
+@dataclass(frozen=True)
+class Registered:
+    """One entry: what it is called, whether it can run here and, if not, the command that installs it."""
+
+    name: str
+    kind: str
+    summary: str
+    requires: tuple[str, ...]
+    missing: tuple[str, ...]
+
+    @property
+    def installed(self) -> bool:
+        return not self.missing
+
+    @property
+    def install(self) -> str | None:
+        """The command that installs what is missing; None if nothing is."""
+        return install_command(self.missing) if self.missing else None
+
+
+def install_command(packages: tuple[str, ...]) -> str:
+    return " && ".join(_INSTALL.get(package, f"pip install {package}") for package in packages)
+
+
+def names(kind: str) -> list[str]:
+    return sorted(_entry_points(kind))
+
+
+def load(kind: str, name: str) -> Any:
+    """The class registered as `name`.
+
+    Raises UnknownSolver, SolverNotInstalled (with the command that installs it) or DuplicateSolver.
+    """
+    found = _entry_points(kind)
+    if name not in found:
+        known = ", ".join(sorted(found)) or "none (run `pip install -e .`: entry points exist once installed)"
+        raise UnknownSolver(f"{kind[:-1]} {name!r} is unknown; known: {known}")
+    solver = found[name].load()
+    missing = _missing(solver)
+    if missing:
+        raise SolverNotInstalled(f"{kind[:-1]} {name!r} needs {', '.join(missing)}: {install_command(missing)}")
+    return solver
+
+
+def is_installed(kind: str, name: str) -> bool:
+    found = _entry_points(kind)
+    return name in found and not _missing(found[name].load())
+
+
+def registered(kind: str) -> list[Registered]:
+    """All entries of a kind, also those whose packages are missing."""
+    listed = []
+    for name, point in sorted(_entry_points(kind).items()):
+        solver = point.load()
+        summary = (solver.__doc__ or "").strip().split("\n")[0]
+        listed.append(Registered(name, kind[:-1], summary, tuple(getattr(solver, "requires", ())), _missing(solver)))
+    return listed
+
+
+def _missing(solver: Any) -> tuple[str, ...]:
+    return tuple(package for package in getattr(solver, "requires", ()) if find_spec(package) is None)
+
+
+@cache
+def _entry_points(kind: str) -> dict[str, EntryPoint]:
+    found: dict[str, EntryPoint] = {}
+    for point in entry_points(group=f"repurpose_opt.{kind}"):
+        if point.name in found and found[point.name].value != point.value:
+            raise DuplicateSolver(
+                f"{kind[:-1]} {point.name!r} is registered twice: {found[point.name].value} and {point.value}; "
+                "uninstall one of them"
+            )
+        found[point.name] = point
+    return found

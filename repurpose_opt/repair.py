@@ -1,0 +1,114 @@
+"""Refit of the remaining weights, and the exact cost of a neuron on a worker after it (Schur complement).
+
+For worker k with columns S: V_k[:,S] = W̃_k C[:,S] C_SS⁻¹, the error left is W̃_k M_k W̃_kᵀ with
+M_k = C − C[:,S] C_SS⁻¹ C[S,:]. Both follow from G = W̃ C = W D, so W̃ itself is never formed (C, D with ridge).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import LinAlgError, cholesky, solve_triangular
+
+from repurpose_opt.errors import InvalidArgument
+from repurpose_opt.metrics import kept_columns
+from repurpose_opt.problem import LayerProblem, Weight, dense
+
+
+def refit(problem: LayerProblem, owner: NDArray[np.int64], transfers: NDArray[np.bool_]) -> Weight:
+    """The weights V, supported by the transfers, that minimise the error for these owners.
+
+    Sparse in, sparse out where moments are diagonal; dtype as the weight's. O(Σ_k |S_k|³ + m_k |S_k|²).
+    """
+    row_owner = owner[problem.row_neuron]
+    if problem.moments.is_diagonal:
+        return restrict(problem, problem.target_weight, row_owner, transfers)
+    refitted = np.zeros((problem.rows, problem.columns), dtype=problem.weight.dtype)
+    for k in range(problem.P):
+        rows = np.flatnonzero(row_owner == k)
+        columns = kept_columns(problem, transfers, k)
+        if len(rows) == 0 or len(columns) == 0:
+            continue
+        factor = _factor(problem, columns)
+        half = solve_triangular(factor, problem.predicted_moment[np.ix_(rows, columns)].T, lower=True)
+        refitted[np.ix_(rows, columns)] = solve_triangular(factor, half, lower=True, trans=1).T
+    return type(problem.weight)(refitted) if problem.is_sparse else refitted
+
+
+def restrict(
+    problem: LayerProblem, weight: Weight, row_owner: NDArray[np.int64], transfers: NDArray[np.bool_]
+) -> Weight:
+    """The weight with zeros wherever a worker does not have the value."""
+    has = transfers.copy()
+    has[np.arange(problem.n), problem.input_owner] = True
+    has = has[problem.column_value]
+    if problem.is_sparse:
+        entries = weight.tocoo()
+        kept = has[entries.col, row_owner[entries.row]]
+        coordinates = (entries.row[kept], entries.col[kept])
+        return type(problem.weight)((entries.data[kept], coordinates), shape=weight.shape)
+    restricted = np.zeros_like(weight, dtype=problem.weight.dtype)
+    for k in range(problem.P):
+        rows = np.flatnonzero(row_owner == k)
+        restricted[rows] = np.where(has[:, k], weight[rows], 0)
+    return restricted
+
+
+def compensated_cost(problem: LayerProblem, transfers: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """(m, P) cost g w̃_i M_k w̃_iᵀ of neuron i on worker k after refit, with the transfers fixed.
+
+    Costs are relative to what no worker can explain: they may differ from the error by a constant per neuron.
+    O(Σ_k |S_k|³ + m |S_k|²) for full moments, O(m n) for diagonal ones.
+    """
+    explained = np.empty((problem.rows, problem.P))
+    if problem.moments.is_diagonal:
+        has = transfers.copy()
+        has[np.arange(problem.n), problem.input_owner] = True
+        energy = column_energy(problem)
+        explained = np.asarray(energy @ has[problem.column_value].astype(np.float64))
+    else:
+        for k in range(problem.P):
+            columns = kept_columns(problem, transfers, k)
+            half = solve_triangular(_factor(problem, columns), problem.predicted_moment[:, columns].T, lower=True)
+            explained[:, k] = np.einsum("cr,cr->r", half, half)
+        explained *= problem.output_weight[:, None]
+    total = problem.output_weight * problem.output_energy
+    return sum_rows(problem, total[:, None] - explained)
+
+
+def column_energy(problem: LayerProblem) -> Weight:
+    """g_i C_jj w̃_ij², (rows, columns): the error, on the diagonal of C, of dropping one weight."""
+    target, variance = problem.target_weight, problem.moments.variance
+    if problem.is_sparse and problem.moments.is_diagonal:
+        return target.multiply(target).multiply(variance).multiply(problem.output_weight[:, None]).tocsr()
+    return np.square(dense(target)) * variance * problem.output_weight[:, None]
+
+
+def value_energy(problem: LayerProblem, owner: NDArray[np.int64]) -> NDArray[np.float64]:
+    """E_jk, (n, P): energy of value j over the neurons of worker k, on the diagonal of C."""
+    energy = column_energy(problem)
+    row_owner = owner[problem.row_neuron]
+    on_worker = np.asarray(np.eye(problem.P)[row_owner])
+    by_column = np.asarray(energy.T @ on_worker)
+    if problem.one_column_per_value:
+        return by_column
+    by_value = np.zeros((problem.n, problem.P))
+    np.add.at(by_value, problem.column_value, by_column)
+    return by_value
+
+
+def sum_rows(problem: LayerProblem, by_row: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(rows, P) summed over the rows of each neuron, (m, P)."""
+    if problem.rows == problem.m:
+        order = np.argsort(problem.row_neuron)
+        return by_row[order]
+    by_neuron = np.zeros((problem.m, by_row.shape[1]))
+    np.add.at(by_neuron, problem.row_neuron, by_row)
+    return by_neuron
+
+
+def _factor(problem: LayerProblem, columns: NDArray[np.int64]) -> NDArray[np.float64]:
+    try:
+        return cholesky(problem.moments.regularised[np.ix_(columns, columns)], lower=True)
+    except LinAlgError:
+        raise InvalidArgument("second_moment", "an indefinite matrix", "a positive semidefinite one") from None

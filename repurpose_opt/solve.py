@@ -1,0 +1,312 @@
+"""`solve_layer`: the chain of partitioners under one deadline, the pruner, and the alternation of the two."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from repurpose_opt import metrics, registry
+from repurpose_opt.errors import InvalidArgument, RepurposeError
+from repurpose_opt.exchange import Exchange
+from repurpose_opt.formulation import Formulation, Volume
+from repurpose_opt.moments import Moments
+from repurpose_opt.problem import LayerProblem
+from repurpose_opt.solution import LayerSolution, verify
+from repurpose_opt.solver import Candidate, Deadline, Partitioner, Prune, Pruner, SolveOptions, Termination
+
+AssignmentCost = Callable[[NDArray[np.int64] | None, Exchange | None], NDArray[np.float64]]
+MOST_ROUNDS = 60
+
+
+def solve_layer(
+    weight: Any,
+    n_workers: int,
+    *,
+    input_owner: ArrayLike | None = None,
+    formulation: Formulation | None = None,
+    inputs: ArrayLike | None = None,
+    target_inputs: ArrayLike | None = None,
+    second_moment: ArrayLike | None = None,
+    cross_moment: ArrayLike | None = None,
+    input_mean: ArrayLike | None = None,
+    target_moment: ArrayLike | None = None,
+    target_mean: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    capacity: ArrayLike | None = None,
+    load: ArrayLike | None = None,
+    min_load: ArrayLike | None = None,
+    allowed: ArrayLike | None = None,
+    value_bytes: ArrayLike | None = None,
+    link_price: ArrayLike | None = None,
+    output_weight: ArrayLike | None = None,
+    column_value: ArrayLike | None = None,
+    row_neuron: ArrayLike | None = None,
+    partitioner: str = "auto",
+    pruner: str = "auto",
+    start: ArrayLike | None = None,
+    time_limit: float | None = None,
+    seed: int = 0,
+) -> LayerSolution:
+    """Place the neurons of one layer on workers, choose what is sent and repair the weights.
+
+    weight         W (rows, columns): NumPy, torch or SciPy sparse; or a convolution's (m, n, kh, kw)
+    n_workers      P
+    input_owner    (n,) worker that holds each input; default: contiguous equal runs
+    formulation    Edge, Volume, Lossless or your own; default Volume(budget=0.1)
+    inputs         (samples, columns) what the layer receives; `target_inputs` the same samples in the original
+                   network, where they differ
+    second_moment  raw E[x̂x̂ᵀ] (columns, columns) or its diagonal (columns,), instead of `inputs`; with
+                   `cross_moment` E[xx̂ᵀ], `target_moment` E[xxᵀ], `input_mean` E[x̂], `target_mean` E[x].
+                   Without any, the inputs count as uncorrelated with unit variance
+    capacity       (P,) most load of a worker; default ⌈total load / P⌉. `load` (m,), `min_load` (P,)
+    allowed        (m, P) bool, places that a neuron may take
+    value_bytes    (n,) or a number; default the weight's itemsize
+    link_price     (P, P) or a number; default 1
+    output_weight  (rows,) what a squared error of each row counts; default 1
+    column_value, row_neuron   which value a column belongs to, which neuron a row does; default the identity
+    partitioner    a name from `repurpose-opt solvers`, a chain such as "flow+alternate", or "auto"
+    pruner         a name, or "auto"
+    start          (m,) owners to start from; the answer is never worse
+    time_limit     seconds for the whole solve; the incumbent is returned when it passes
+
+    Raises InvalidArgument, UnknownSolver, SolverNotInstalled. A solve that ends without an answer is returned with
+    its termination; `solution.require()` raises it.
+    """
+    moments = _moments(
+        inputs=inputs,
+        target_inputs=target_inputs,
+        second_moment=second_moment,
+        cross_moment=cross_moment,
+        input_mean=input_mean,
+        target_moment=target_moment,
+        target_mean=target_mean,
+    )
+    problem = LayerProblem.create(
+        weight,
+        n_workers,
+        input_owner=input_owner,
+        moments=moments,
+        bias=bias,
+        capacity=capacity,
+        load=load,
+        min_load=min_load,
+        allowed=allowed,
+        value_bytes=value_bytes,
+        link_price=link_price,
+        output_weight=output_weight,
+        column_value=column_value,
+        row_neuron=row_neuron,
+    )
+    options = SolveOptions(time_limit=time_limit, seed=seed)
+    formulation = Volume(budget=0.1) if formulation is None else formulation
+    return solve_problem(problem, formulation, options, partitioner=partitioner, pruner=pruner, start=start)
+
+
+def solve_problem(
+    problem: LayerProblem,
+    formulation: Formulation,
+    options: SolveOptions | None = None,
+    *,
+    partitioner: str = "auto",
+    pruner: str = "auto",
+    start: ArrayLike | None = None,
+) -> LayerSolution:
+    """`solve_layer` for a problem that exists already."""
+    if not isinstance(formulation, Formulation):
+        raise InvalidArgument("formulation", repr(formulation), "an Edge, Volume, Lossless or other Formulation")
+    options = SolveOptions() if options is None else options
+    chain = auto_partitioner(problem, formulation) if partitioner == "auto" else partitioner
+    stages: list[Partitioner] = [registry.load("partitioners", name)() for name in chain.split("+")]
+    chosen = auto_pruner(problem, formulation) if pruner == "auto" else pruner
+    with_pruner: Pruner = registry.load("pruners", chosen)()
+    reason = with_pruner.supports(problem, formulation)
+    if reason is not None:
+        message = f"pruner {chosen}: {reason}"
+        return LayerSolution(problem, formulation, Termination.UNSUPPORTED, message=message)
+    return _Chain(problem, formulation, options, with_pruner).run(stages, _checked_start(problem, start))
+
+
+def auto_partitioner(problem: LayerProblem, formulation: Formulation) -> str:
+    """flow for Edge (munkres without OR-Tools, alternate for unequal loads), compensated for Volume, else alternate."""
+    if formulation.name == "volume":
+        return "compensated"
+    if formulation.assignment_is_exact and problem.has_equal_loads:
+        return "flow" if registry.is_installed("partitioners", "flow") else "munkres"
+    return "alternate"
+
+
+def auto_pruner(problem: LayerProblem, formulation: Formulation) -> str:
+    """group-omp for Volume, unless `select` is exact already; else threshold."""
+    greedy = formulation.name == "volume" and not formulation.selection_is_exact(problem)
+    return "group-omp" if greedy else "threshold"
+
+
+def rank(solution: LayerSolution) -> tuple[bool, float]:
+    """Sorts solutions: valid before invalid, then by objective."""
+    return bool(solution.violations), solution.objective
+
+
+def alternate(
+    problem: LayerProblem,
+    formulation: Formulation,
+    options: SolveOptions,
+    start: NDArray[np.int64] | None,
+    prune: Prune,
+    assignment_cost: AssignmentCost,
+    assign: Callable[[NDArray[np.float64]], NDArray[np.int64]],
+) -> Candidate:
+    """Assign the neurons by their cost given the transfers, choose the transfers anew, and so on.
+
+    Where the cost given the transfers is exact (damping 0), a round is accepted only if the verified objective does
+    not rise. Where it is only marginal, up to 60 damped rounds run and the best is kept.
+    `assign` maps costs (m, P) to owners (m,).
+    """
+    deadline = Deadline(options.time_limit)
+    owner = assign(assignment_cost(None, None)) if start is None else start
+    current = best = verify(problem, formulation, prune(owner), options)
+    cost = None
+    rounds = 0
+    termination = Termination.HEURISTIC
+    while rounds < MOST_ROUNDS and best.owner is not None:
+        if deadline.passed:
+            termination = Termination.TIME_LIMIT
+            break
+        fresh = assignment_cost(current.owner, current.exchange)
+        cost = fresh if cost is None else formulation.damping * cost + (1 - formulation.damping) * fresh
+        owner = assign(cost)
+        if (owner == current.owner).all():
+            break
+        rounds += 1
+        current = verify(problem, formulation, prune(owner), options)
+        if current.owner is not None and rank(current) < rank(best):
+            best = current
+        elif formulation.damping == 0 or current.owner is None:
+            break
+    return Candidate(termination, best.owner, best.exchange, message=best.message, stats={"rounds": rounds})
+
+
+class _Chain:
+    """Runs the stages of one solve; each starts from the best so far."""
+
+    def __init__(self, problem: LayerProblem, formulation: Formulation, options: SolveOptions, pruner: Pruner) -> None:
+        self.problem, self.formulation, self.options, self.pruner = problem, formulation, options, pruner
+        self.deadline = Deadline(options.time_limit)
+        self.best: LayerSolution | None = None
+        self.bound: float | None = None
+        self.surrogate_bound: float | None = None
+        self.log: list[dict[str, Any]] = []
+
+    def run(self, stages: list[Partitioner], start: NDArray[np.int64] | None) -> LayerSolution:
+        if start is not None:
+            self._keep("start", self._prune(start), time.perf_counter())
+        last = None
+        for stage in stages:
+            if self.best is not None and (self.deadline.passed or self._proved()):
+                break
+            began = time.perf_counter()
+            last = self._keep(stage.name, self._ask(stage), began)
+            if last.termination is Termination.INFEASIBLE:
+                break
+        return self._result(last)
+
+    def _ask(self, stage: Partitioner) -> Candidate:
+        reason = stage.supports(self.problem, self.formulation)
+        if reason is not None:
+            return Candidate(Termination.UNSUPPORTED, message=f"{stage.name}: {reason}")
+        start = None if self.best is None else self.best.owner
+        try:
+            candidate = stage.solve(self.problem, self.formulation, self._options(), start, self._prune)
+            if candidate.owner is not None and candidate.exchange is None:
+                pruned = self._prune(candidate.owner)
+                candidate = replace(candidate, exchange=pruned.exchange, stats={**pruned.stats, **candidate.stats})
+            return candidate
+        except RepurposeError:
+            raise
+        except Exception as error:  # a backend's fault is an answer that says so, here as in a benchmark
+            stats = {"traceback": traceback.format_exc()}
+            return Candidate(Termination.ERROR, message=f"{stage.name}: {type(error).__name__}: {error}", stats=stats)
+
+    def _keep(self, name: str, candidate: Candidate, began: float) -> LayerSolution:
+        solution = verify(self.problem, self.formulation, candidate, self.options)
+        entry: dict[str, Any] = {"stage": name, "termination": str(solution.termination), "message": solution.message}
+        entry["seconds"] = time.perf_counter() - began
+        if solution.owner is not None:
+            entry["objective"] = solution.objective
+            if self.best is None or rank(solution) < rank(self.best):
+                self.best = solution
+            self.bound = _highest(self.bound, solution.bound)
+            self.surrogate_bound = _highest(self.surrogate_bound, solution.surrogate_bound)
+        self.log.append(entry)
+        return solution
+
+    def _result(self, last: LayerSolution | None) -> LayerSolution:
+        stats = {"stages": self.log, "pruner": self.pruner.name, "ridge": self.problem.moments.ridge}
+        if self.best is None or self.best.owner is None:
+            assert last is not None
+            return replace(last, stats={**last.stats, **stats})
+        ended = [entry["termination"] for entry in self.log]
+        termination = Termination.TIME_LIMIT if Termination.TIME_LIMIT in ended else Termination.HEURISTIC
+        if self._proved():
+            termination = Termination.OPTIMAL
+        result = replace(
+            self.best,
+            termination=termination,
+            bound=self.bound,
+            surrogate_bound=self.surrogate_bound,
+            stats={**self.best.stats, **stats},
+        )
+        result.__dict__["objective"] = self.best.objective
+        return result
+
+    def _proved(self) -> bool:
+        if self.best is None or self.bound is None or self.best.violations:
+            return False
+        objective = self.best.objective
+        return objective - self.bound <= self.options.relative_gap * max(abs(objective), 1e-12)
+
+    def _options(self) -> SolveOptions:
+        left = self.deadline.remaining
+        return replace(self.options, time_limit=None if left is None else max(left, 1e-3))
+
+    def _prune(self, owner: NDArray[np.int64]) -> Candidate:
+        return self.pruner.solve(self.problem, self.formulation, self._options(), owner)
+
+
+def _highest(*bounds: float | None) -> float | None:
+    return max((bound for bound in bounds if bound is not None), default=None)
+
+
+def _checked_start(problem: LayerProblem, start: ArrayLike | None) -> NDArray[np.int64] | None:
+    if start is None:
+        return None
+    owner = np.asarray(start)
+    wrong = metrics.placement_violations(problem, owner)
+    if wrong:
+        raise InvalidArgument("start", wrong[0], "a valid placement")
+    return owner.astype(np.int64)
+
+
+def _moments(*, inputs: ArrayLike | None, target_inputs: ArrayLike | None, **raw: ArrayLike | None) -> Moments | None:
+    given = [name for name, value in raw.items() if value is not None]
+    if inputs is not None:
+        if given:
+            raise InvalidArgument("inputs", f"samples together with {', '.join(given)}", "either samples or moments")
+        return Moments.from_samples(_array(inputs), None if target_inputs is None else _array(target_inputs))
+    if target_inputs is not None:
+        raise InvalidArgument("target_inputs", "samples without inputs", "inputs with it")
+    if not given:
+        return None
+    second = raw.pop("second_moment")
+    if second is None:
+        raise InvalidArgument(given[0], "a value without second_moment", "second_moment with it")
+    return Moments.from_raw(_array(second), **{k: None if v is None else _array(v) for k, v in raw.items()})
+
+
+def _array(value: Any) -> Any:
+    return value.detach().cpu().numpy() if hasattr(value, "detach") else value

@@ -1,0 +1,67 @@
+"""`alternate`: assign by the cost on the diagonal of C, choose the transfers, assign again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from repurpose_opt.exchange import Exchange
+from repurpose_opt.formulation import Formulation
+from repurpose_opt.moments import Moments
+from repurpose_opt.problem import LayerProblem
+from repurpose_opt.solve import alternate
+from repurpose_opt.solver import Candidate, Prune, SolveOptions
+from repurpose_opt_solvers.transport import Infeasible, assign
+
+
+class Alternate:
+    """Assign ↔ select on the diagonal of C; damped marginal costs for Lossless. Any formulation, any loads."""
+
+    name = "alternate"
+    requires: tuple[str, ...] = ()
+
+    def supports(self, problem: LayerProblem, formulation: Formulation) -> str | None:
+        return None
+
+    def solve(
+        self,
+        problem: LayerProblem,
+        formulation: Formulation,
+        options: SolveOptions,
+        start: NDArray[np.int64] | None,
+        prune: Prune,
+    ) -> Candidate:
+        return alternate_on(on_diagonal(problem), problem, formulation, options, start, prune)
+
+
+def alternate_on(
+    seen: LayerProblem,
+    problem: LayerProblem,
+    formulation: Formulation,
+    options: SolveOptions,
+    start: NDArray[np.int64] | None,
+    prune: Prune,
+) -> Candidate:
+    """The alternation with the assignment costs of the problem `seen`; pruned and verified on the true one."""
+
+    def cost(owner: NDArray[np.int64] | None, exchange: Exchange | None) -> NDArray[np.float64]:
+        return formulation.assignment_cost(seen, owner, exchange)
+
+    def assign_costs(costs: NDArray[np.float64]) -> NDArray[np.int64]:
+        return assign(problem, costs)
+
+    try:
+        return alternate(problem, formulation, options, start, prune, cost, assign_costs)
+    except Infeasible as reason:
+        return reason.candidate()
+
+
+def on_diagonal(problem: LayerProblem) -> LayerProblem:
+    """The problem as if its inputs were uncorrelated, with the same target weights W̃."""
+    if problem.moments.is_diagonal:
+        return problem
+    variance, zeros = problem.moments.variance, np.zeros(problem.columns)
+    uncorrelated = Moments(variance, variance, variance, zeros, zeros)
+    return replace(problem, weight=problem.target_weight, moments=uncorrelated)

@@ -1,0 +1,31 @@
+"""`compensated`: assign by the exact cost after refit (Schur complement), choose the transfers, assign again."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from repurpose_opt.formulation import Formulation
+from repurpose_opt.problem import LayerProblem
+from repurpose_opt.solver import Candidate, Prune, SolveOptions
+from repurpose_opt_solvers.alternate_ import alternate_on
+
+
+class Compensated:
+    """Assign ↔ select on the error that is left after refit, with the full C. Any loads; Volume only."""
+
+    name = "compensated"
+    requires: tuple[str, ...] = ()
+
+    def supports(self, problem: LayerProblem, formulation: Formulation) -> str | None:
+        return None if formulation.name == "volume" else "there is no refit to compensate by outside Volume"
+
+    def solve(
+        self,
+        problem: LayerProblem,
+        formulation: Formulation,
+        options: SolveOptions,
+        start: NDArray[np.int64] | None,
+        prune: Prune,
+    ) -> Candidate:
+        return alternate_on(problem, problem, formulation, options, start, prune)
