@@ -22,6 +22,8 @@ from repurpose_opt.solver import Candidate, Deadline, Partitioner, Prune, Pruner
 
 AssignmentCost = Callable[[NDArray[np.int64] | None, Exchange | None], NDArray[np.float64]]
 MOST_ROUNDS = 60
+SMALLEST_FALL = 1e-3
+"""A round that lowers the objective by less than this share is the last."""
 
 
 def solve_layer(
@@ -184,9 +186,11 @@ def alternate(
             break
         rounds += 1
         current = verify(problem, formulation, prune(owner), options)
-        if current.owner is not None and rank(current) < rank(best):
-            best = current
-        elif formulation.damping == 0 or current.owner is None:
+        if current.owner is None:
+            break
+        before = best
+        best = min(before, current, key=rank)
+        if formulation.damping == 0 and not rank(best) < _clearly_below(before):
             break
     return Candidate(termination, best.owner, best.exchange, message=best.message, stats={"rounds": rounds})
 
@@ -201,6 +205,7 @@ class _Chain:
         self.bound: float | None = None
         self.surrogate_bound: float | None = None
         self.log: list[dict[str, Any]] = []
+        self.pruned: dict[bytes, Candidate] = {}
 
     def run(self, stages: list[Partitioner], start: NDArray[np.int64] | None) -> LayerSolution:
         if start is not None:
@@ -275,7 +280,15 @@ class _Chain:
         return replace(self.options, time_limit=None if left is None else max(left, 1e-3))
 
     def _prune(self, owner: NDArray[np.int64]) -> Candidate:
-        return self.pruner.solve(self.problem, self.formulation, self._options(), owner)
+        key = np.asarray(owner).tobytes()  # a stage prunes its start again, which is often the costliest step
+        if key not in self.pruned:
+            self.pruned[key] = self.pruner.solve(self.problem, self.formulation, self._options(), owner)
+        return self.pruned[key]
+
+
+def _clearly_below(solution: LayerSolution) -> tuple[bool, float]:
+    invalid, objective = rank(solution)
+    return invalid, objective - SMALLEST_FALL * abs(objective)
 
 
 def _highest(*bounds: float | None) -> float | None:

@@ -103,8 +103,8 @@ class _WorkerPursuit:
         taken = self.steps[: self.taken]
         moment = self._local_schur(value) - taken[:, columns].T @ taken
         factor = cholesky(moment[:, columns], lower=True)
-        step = solve_triangular(factor, moment, lower=True)
-        self.residual -= solve_triangular(factor, self.residual[:, columns].T, lower=True).T @ step
+        step = _solve_lower(factor, moment)
+        self.residual -= _solve_lower(factor, self.residual[:, columns].T).T @ step
         for size in self.sizes:
             size.downdate(step)
         self._remember(step)
@@ -161,6 +161,12 @@ class _Blocks:
             return norms / np.maximum(self.moment[:, 0, 0], np.finfo(float).tiny)
         parts = residual[:, self.columns].transpose(1, 2, 0)
         return np.einsum("vbr,vbr->v", parts, np.linalg.solve(self.moment, parts))
+
+
+def _solve_lower(factor: NDArray[np.float64], right: NDArray[np.float64]) -> NDArray[np.float64]:
+    if len(factor) == 1:  # the usual case, where LAPACK's call costs more than the division
+        return right / factor
+    return np.asarray(solve_triangular(factor, right, lower=True))
 
 
 def _columns_by_size(problem: LayerProblem) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:

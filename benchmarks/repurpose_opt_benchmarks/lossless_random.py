@@ -1,0 +1,58 @@
+"""`lossless-random`: sparse layers, random or with planted blocks, whose volume is to be minimised unpruned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from scipy import sparse
+
+from repurpose_opt.bench.testset import Instance
+from repurpose_opt.formulation import Lossless
+from repurpose_opt.problem import LayerProblem
+
+# Few consumers per worker and input: denser instances saturate, and every method is near the maximum there.
+_SIZES = (
+    ("random", 64, 4, 0.05),
+    ("random", 256, 8, 0.05),
+    ("planted", 256, 8, 0.03),
+    ("random", 1024, 8, 0.01),
+    ("planted", 1024, 8, 0.015),
+)
+_SEEDS = range(2)
+_NOISE = 0.35
+"""Share of a planted instance's nonzeros that lie anywhere."""
+
+
+class LosslessRandom:
+    """Hypergraph partitioning with fixed terminals, n = 64 … 1024."""
+
+    name = "lossless-random"
+    title = "Lossless on sparse layers, random and planted"
+    description = (
+        "Sparse n × n layers, n = 64 to 1024, on 4 or 8 workers, values of one byte. `random`: nonzeros anywhere. "
+        "`planted`: most nonzeros of a neuron read the inputs of one hidden worker, so a good placement exists."
+    )
+
+    def __len__(self) -> int:
+        return len(_SIZES) * len(_SEEDS)
+
+    def __iter__(self) -> Iterator[Instance]:
+        for kind, n, workers, density in _SIZES:
+            for seed in _SEEDS:
+                problem = lossless_problem(n, workers, density, planted=kind == "planted", seed=seed)
+                yield Instance(f"{kind}-n{n}-P{workers}-{seed}", problem, Lossless())
+
+
+def lossless_problem(n: int, workers: int, density: float, *, planted: bool, seed: int) -> LayerProblem:
+    """An n × n sparse layer; a planted one has the same number of neurons for each hidden worker, shuffled."""
+    # The sizes are part of the seed, so that a partitioner with the same seed does not draw the hidden placement.
+    rng = np.random.default_rng([seed, n, workers])
+    input_owner = np.arange(n) * workers // n
+    chance = np.full((n, n), density)
+    if planted:
+        hidden = rng.permutation(input_owner)
+        at_home = hidden[:, None] == input_owner
+        chance = density * (_NOISE + (1 - _NOISE) * workers * at_home)
+    weight = sparse.csr_array((rng.random((n, n)) < chance).astype(np.float64))
+    return LayerProblem.create(weight, workers, input_owner=input_owner, value_bytes=1)

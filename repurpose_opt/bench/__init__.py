@@ -1,0 +1,1 @@
+"""Benchmarks of solvers: test sets and what runs them."""

@@ -1,0 +1,1 @@
+"""Whole networks: tracing, calibration, one price for all layers, fine-tuning."""

@@ -1,0 +1,92 @@
+"""What the workers of a run compare: before the first sample their plans, after the last one the bytes sent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from repurpose_opt.runtime.layer import Indices, PlannedLayer
+
+
+@dataclass(frozen=True)
+class Readiness:
+    """What one worker is about to do, or why it cannot."""
+
+    error: str | None = None
+    digest: str = ""
+    """Of the manifest."""
+    inputs: tuple[int, ...] = ()
+    """(samples, n)"""
+    batch_size: int = 0
+    sent_counts: tuple[tuple[int, ...], ...] = ()
+    """(layers, P) numbers that it is about to send to each worker for one sample."""
+    received_counts: tuple[tuple[int, ...], ...] = ()
+    """(layers, P) numbers that it expects from each worker for one sample."""
+
+
+def disagreement(workers: Sequence[Readiness]) -> str | None:
+    """Why these workers cannot run together, in one line; None if they can."""
+    return _errors(workers) or _difference(workers) or _unmatched(workers)
+
+
+def byte_mismatch(layers: Sequence[PlannedLayer], counted: Indices, predicted: Indices) -> str | None:
+    """The first pair for which bytes counted and predicted, (layers, P, P), differ, in one line; None if none does."""
+    different = np.argwhere(counted != predicted)
+    if not len(different):
+        return None
+    layer, source, target = different[0]
+    return (
+        f"worker {source} sent {counted[layer, source, target]} bytes to worker {target} for layer "
+        f"{layers[layer].name!r}, the plan predicts {predicted[layer, source, target]}: "
+        f"{len(different)} of the counts differ from the plan"
+    )
+
+
+def predicted_bytes(layers: Sequence[PlannedLayer], samples: int) -> Indices:
+    """(layers, P, P) bytes that the plan predicts for so many samples."""
+    return np.array([layer.traffic() for layer in layers]) * samples
+
+
+def _errors(workers: Sequence[Readiness]) -> str | None:
+    errors = {rank: worker.error for rank, worker in enumerate(workers) if worker.error is not None}
+    if not errors:
+        return None
+    rank, error = next(iter(errors.items()))
+    if len(errors) == len(workers) and len(set(errors.values())) == 1:
+        return error
+    others = f" (and on worker {_listed(list(errors)[1:])} too)" if len(errors) > 1 else ""
+    return f"worker {rank}: {error}{others}"
+
+
+def _difference(workers: Sequence[Readiness]) -> str | None:
+    meanings = {
+        "digest": "plan (SHA-256 of its manifest)",
+        "inputs": "input (samples, columns)",
+        "batch_size": "batch size",
+    }
+    for field, meaning in meanings.items():
+        values = [getattr(worker, field) for worker in workers]
+        odd = [rank for rank, value in enumerate(values) if value != values[0]]
+        if odd:
+            return f"the {meaning} of worker {_listed(odd)} is {values[odd[0]]}, that of worker 0 is {values[0]}"
+    return None
+
+
+def _unmatched(workers: Sequence[Readiness]) -> str | None:
+    sent: NDArray[np.int64] = np.array([worker.sent_counts for worker in workers])
+    received: NDArray[np.int64] = np.array([worker.received_counts for worker in workers])
+    different = np.argwhere(sent != received.transpose(2, 1, 0))
+    if not len(different):
+        return None
+    source, layer, target = different[0]
+    return (
+        f"workers {source} and {target} disagree on layer number {layer}: {source} sends "
+        f"{sent[source, layer, target]} values, {target} expects {received[target, layer, source]}"
+    )
+
+
+def _listed(ranks: Sequence[int]) -> str:
+    return " and ".join(str(rank) for rank in ranks)

@@ -1,0 +1,77 @@
+"""One layer's exchange as one worker does it, precomputed: encode → send → decode.
+
+Values are stored (values, samples), so that what goes to one worker is one contiguous run of memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from repurpose_opt.runtime.layer import PlannedLayer
+
+Send = Callable[[torch.Tensor, torch.Tensor, list[int], list[int]], None]
+"""(received, sent, numbers received from each worker, numbers sent to each worker): fills `received`."""
+
+
+class ExchangeStep:
+    """Sends what other workers need of the values held here and receives what is needed from them.
+
+    The encoder picks values by an index. Another one, such as linear combinations of the values held here, needs
+    another `encode` and other counts only: what it sends stands behind the held values as columns all the same.
+    """
+
+    def __init__(self, layer: PlannedLayer, worker: int, batch_size: int, dtype: torch.dtype) -> None:
+        P = layer.exchange.P
+        held = layer.held(worker)
+        messages = [layer.message(worker, target) for target in range(P)]
+        self.name = layer.name
+        self.is_needed = bool(layer.exchange.messages)
+        """False where no worker sends anything: then none calls torch.distributed."""
+        self.sent_counts = [len(message) for message in messages]
+        self.received_counts = [len(layer.message(source, worker)) for source in range(P)]
+        self.bytes_sent: NDArray[np.int64] = np.zeros(P, dtype=np.int64)
+        """(P,) counted so far from the tensors that were handed over."""
+        self.messages_sent = 0
+        self._batch_size = batch_size
+        self._held = len(held)
+        self._index = torch.from_numpy(np.searchsorted(held, np.concatenate(messages)))
+        self._sent = torch.empty(sum(self.sent_counts) * batch_size, dtype=dtype)
+        self._inputs = torch.empty((len(held) + sum(self.received_counts)) * batch_size, dtype=dtype)
+
+    def run(self, values: torch.Tensor, send: Send) -> torch.Tensor:
+        """From the held values (held, samples) to all values that the worker has (columns, samples).
+
+        The result is valid until the next call.
+        """
+        buffer = self.encode(values)
+        inputs = _front(self._inputs, values.shape[1], self._batch_size)
+        received = inputs[self._held :]
+        if self.is_needed:
+            self._count(buffer)
+            send(received, buffer, self.received_counts, self.sent_counts)
+        return self.decode(values, inputs)
+
+    def encode(self, values: torch.Tensor) -> torch.Tensor:
+        """(held, samples) → (numbers sent, samples), ordered by target worker."""
+        buffer = _front(self._sent, values.shape[1], self._batch_size)
+        return torch.index_select(values, 0, self._index, out=buffer)
+
+    def decode(self, values: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+        """Put the held values before the received numbers, which arrived in their place in `inputs`."""
+        inputs[: self._held] = values
+        return inputs
+
+    def _count(self, buffer: torch.Tensor) -> None:
+        for target, part in enumerate(buffer.split(self.sent_counts)):
+            self.bytes_sent[target] += part.numel() * part.element_size()
+            self.messages_sent += part.numel() > 0
+
+
+def _front(flat: torch.Tensor, samples: int, batch_size: int) -> torch.Tensor:
+    """(width, samples) in memory for (width, batch_size): rows stay contiguous for a smaller last batch."""
+    width = len(flat) // batch_size
+    return flat[: width * samples].view(width, samples)

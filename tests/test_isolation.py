@@ -1,0 +1,75 @@
+"""Calls in a child process. The functions called are the standard library's: the child imports them by name."""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from repurpose_opt import Edge, LayerProblem
+from repurpose_opt.isolation import DeadlinePassed, call
+
+LONG = 60.0
+
+
+def test_answer_equals_the_one_in_this_process() -> None:
+    data = list(np.random.default_rng(0).normal(size=1000))
+    assert call(statistics.fmean, data, time_limit=LONG) == call(statistics.fmean, data, time_limit=None)
+
+
+def test_metis_answers_the_same_in_a_child() -> None:
+    pytest.importorskip("pymetis")
+    from repurpose_opt_solvers.metis_ import graph, partition
+
+    weight = np.random.default_rng(0).normal(size=(40, 30))
+    data = graph(LayerProblem.create(weight, 4), Edge(transfer_price=0.01))
+    here = call(partition, data, 3, time_limit=None)
+    np.testing.assert_array_equal(call(partition, data, 3, time_limit=LONG), here)
+
+
+def test_without_a_limit_it_stays_in_this_process() -> None:
+    assert call(os.getpid, time_limit=None) == os.getpid()
+    assert call(os.getpid, time_limit=LONG) != os.getpid()
+
+
+def test_deadline_ends_the_child() -> None:
+    began = time.monotonic()
+    with pytest.raises(DeadlinePassed, match=r"sleep was ended after 0\.5 s"):
+        call(time.sleep, 30, time_limit=0.5)
+    assert time.monotonic() - began < 5
+
+
+def test_deadline_leaves_no_process_behind(tmp_path: Path) -> None:
+    # The child would make the folder after a second, if it still ran.
+    late = tmp_path / "late"
+    with pytest.raises(DeadlinePassed):
+        call(exec, f"import os, time; time.sleep(1.5); os.mkdir({str(late)!r})", time_limit=0.8)
+    time.sleep(1.5)
+    assert not late.exists()
+
+
+def test_exception_in_the_child_names_its_last_line() -> None:
+    with pytest.raises(RuntimeError, match=r"sqrt ended with code 1: ValueError: .*") as caught:
+        call(math.sqrt, -1.0, time_limit=LONG)
+    assert "\n" not in str(caught.value)
+
+
+def test_crash_of_the_child_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match=r"abort ended with code -6"):
+        call(os.abort, time_limit=LONG)
+
+
+def test_native_output_does_not_reach_the_answer() -> None:
+    # A shell writes to file descriptor 1 below Python, as native libraries do.
+    assert call(os.system, "echo a native banner", time_limit=LONG) == 0
+    assert call(os.write, 1, b"more noise", time_limit=LONG) == len(b"more noise")
+
+
+def test_large_arrays_pass_both_ways() -> None:
+    sent = np.random.default_rng(0).normal(size=1_000_000)
+    np.testing.assert_array_equal(call(np.sort, sent, time_limit=LONG), np.sort(sent))
