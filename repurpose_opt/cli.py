@@ -138,7 +138,7 @@ def _add_demo(verbs: Any) -> None:
 
 def _demo(args: argparse.Namespace) -> int:
     try:
-        from repurpose_opt.network.demo import run_demo
+        from repurpose_opt.demo.run import run_demo
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "repurpose_opt":
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -109,37 +110,46 @@ class Edge(Formulation):
         return sum_rows(problem, (_uniform_capped_energy if uniform else _capped_energy)(problem, price))
 
     def select(self, problem: LayerProblem, owner: NDArray[np.int64]) -> Exchange:
-        return _needed(problem, owner, self._kept(problem, owner))
+        """A value is sent to a worker if the dearest weight that reads it there is worth its price."""
+        price = self.column_price(problem)
+        row_owner = owner[problem.row_neuron]
+        most = np.zeros((problem.P, problem.columns))
+        if problem.is_sparse:
+            entries = problem.target_weight.tocoo()
+            np.maximum.at(most, (row_owner[entries.row], entries.col), _sparse_energy(problem, entries))
+        else:
+            for rows in _row_blocks(problem):
+                for k, energy in zip(row_owner[rows], _energy(problem, rows), strict=True):
+                    np.maximum(most[k], energy, out=most[k])
+        column, worker = np.nonzero(price < most.T)
+        needed = np.zeros((problem.n, problem.P), dtype=bool)
+        needed[problem.column_value[column], worker] = True
+        return Exchange.of_transfers(needed & problem.remote, problem.input_owner)
 
     def repair(self, problem: LayerProblem, owner: NDArray[np.int64], exchange: Exchange) -> Weight:
-        return restrict(problem, self._kept(problem, owner), owner[problem.row_neuron], exchange.transfers)
+        """W̃ with zeros where the worker does not have the value or the weight is worth less than its price."""
+        has = (exchange.transfers | ~problem.remote)[problem.column_value]
+        price = np.where(has, self.column_price(problem), np.inf)
+        row_owner = owner[problem.row_neuron]
+        if problem.is_sparse:
+            entries = problem.target_weight.tocoo()
+            keep = _sparse_energy(problem, entries) > price[entries.col, row_owner[entries.row]]
+            coordinates = (entries.row[keep], entries.col[keep])
+            return sparse.csr_array((entries.data[keep], coordinates), shape=problem.weight.shape)
+        kept = np.empty_like(problem.weight)
+        by_worker = np.ascontiguousarray(price.T)
+        for rows in _row_blocks(problem):
+            worth = _energy(problem, rows) > by_worker[row_owner[rows]]
+            np.multiply(problem.target_weight[rows], worth, out=kept[rows])
+        return kept
 
     def selection_is_exact(self, problem: LayerProblem) -> bool:
         return True
 
-    def _kept(self, problem: LayerProblem, owner: NDArray[np.int64]) -> Weight:
-        """W̃ with the weights that are worth less than their price set to zero."""
-        price = self.column_price(problem)
-        row_owner = owner[problem.row_neuron]
-        target, variance = problem.target_weight, problem.moments.variance
-        if problem.is_sparse:
-            entries = target.tocoo()
-            energy = np.square(entries.data) * variance[entries.col] * problem.output_weight[entries.row]
-            keep = energy > price[entries.col, row_owner[entries.row]]
-            coordinates = (entries.row[keep], entries.col[keep])
-            return sparse.csr_array((entries.data[keep], coordinates), shape=target.shape)
-        kept = np.empty_like(problem.weight)
-        transposed = np.ascontiguousarray(price.T)
-        for rows in _row_blocks(problem):
-            block = target[rows]
-            energy = np.square(block) * variance * problem.output_weight[rows, None]
-            kept[rows] = block * (energy > transposed[row_owner[rows]])
-        return kept
-
 
 @dataclass(frozen=True, kw_only=True)
 class Volume(Formulation):
-    """Error on the given C after refit, against the bytes that are sent. Exactly one of
+    """Error on the given C after refit, against the bytes that are sent; exactly one of the four limits.
 
     transfer_price  minimise error + transfer_price · priced volume
     budget          minimise the error with volume ≤ this fraction of direct, in [0, 1]
@@ -164,6 +174,10 @@ class Volume(Formulation):
         if name == "budget" and value > 1:
             raise InvalidArgument("budget", f"{value:g}", "a fraction of direct, in [0, 1]")
 
+    def judged(self, problem: LayerProblem) -> LayerProblem:
+        """The problem with the weights g by which errors count: max_nmse is a limit on the NMSE, which has none."""
+        return problem if self.max_nmse is None else problem.unweighted
+
     def allowed_bytes(self, problem: LayerProblem) -> float | None:
         """The budget in bytes; None where there is none."""
         if self.budget is not None:
@@ -181,11 +195,11 @@ class Volume(Formulation):
     def assignment_cost(
         self, problem: LayerProblem, owner: NDArray[np.int64] | None, exchange: Exchange | None
     ) -> NDArray[np.float64]:
-        return compensated_cost(problem, _transfers(problem, exchange))
+        return compensated_cost(self.judged(problem), _transfers(problem, exchange))
 
     def select(self, problem: LayerProblem, owner: NDArray[np.int64]) -> Exchange:
         """Transfers by the energy of their weights on the diagonal of C, greatest gain a byte first."""
-        gain = value_energy(problem, owner)
+        gain = value_energy(self.judged(problem), owner)
         gain[~problem.remote] = 0.0
         cost = problem.transfer_price if self.allowed_bytes(problem) is None else problem.transfer_bytes
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -226,7 +240,7 @@ class Volume(Formulation):
             return (f"volume {metrics.volume(problem, exchange)} bytes is above the budget, {allowed:g}",)
         if self.max_nmse is not None:
             reached = _nmse_after(problem, owner, weight)
-            if reached > self.max_nmse * (1 + 1e-6) + 1e-12:
+            if reached > self.max_nmse * (1 + 1e-6) + 1e-10:
                 return (f"NMSE {reached:.4g} is above max_nmse, {self.max_nmse:g}",)
         return ()
 
@@ -236,8 +250,9 @@ class Volume(Formulation):
         if self.transfer_price is not None:
             return True
         cost = problem.transfer_bytes if self.max_nmse is None else problem.transfer_price
-        even = len(np.unique(cost[problem.remote])) <= 1
-        return even and (self.max_nmse is None or bool((problem.output_weight == problem.output_weight[0]).all()))
+        if self.max_nmse is not None and problem.moments.ridge > 0:
+            return False  # energies have the ridge in them, the NMSE does not
+        return len(np.unique(cost[problem.remote])) <= 1
 
     def _take_until(
         self, problem: LayerProblem, owner: NDArray[np.int64], ranked: Iterator[tuple[int, int, float]]
@@ -258,7 +273,7 @@ class Volume(Formulation):
         low, step = -1, 1
         while not reaches(len(pairs)):
             low = len(pairs)
-            pairs.extend((int(j), int(k)) for (j, k, _), _ in zip(ranked, range(step), strict=False))
+            pairs.extend((int(j), int(k)) for j, k, _ in islice(ranked, step))
             step *= 2
             if len(pairs) == low:
                 return exchange_of(low)
@@ -321,21 +336,6 @@ def incidence(problem: LayerProblem) -> sparse.csr_array:
     return reads
 
 
-def _needed(problem: LayerProblem, owner: NDArray[np.int64], weight: Weight) -> Exchange:
-    """The transfers that the nonzeros of V read."""
-    row_owner = owner[problem.row_neuron]
-    needed = np.zeros((problem.n, problem.P), dtype=bool)
-    if problem.is_sparse:
-        entries = weight.tocoo()
-        needed[problem.column_value[entries.col], row_owner[entries.row]] = True
-    else:
-        for k in range(problem.P):
-            read = weight[row_owner == k].any(axis=0)
-            needed[problem.column_value[read], k] = True
-    needed[np.arange(problem.n), problem.input_owner] = False
-    return Exchange.of_transfers(needed, problem.input_owner)
-
-
 def _transfers(problem: LayerProblem, exchange: Exchange | None) -> NDArray[np.bool_]:
     return np.zeros((problem.n, problem.P), dtype=bool) if exchange is None else exchange.transfers
 
@@ -347,6 +347,8 @@ def _nmse_after(problem: LayerProblem, owner: NDArray[np.int64], weight: Weight)
 def corrected_bias(problem: LayerProblem, weight: Weight) -> NDArray[np.float64]:
     """b' = b + W E[x] − V E[x̂], (rows,): the bias that leaves no error in the mean."""
     moments = problem.moments
+    if not (moments.mean.any() or moments.target_mean.any()):
+        return problem.bias
     return problem.bias + problem.weight @ moments.target_mean - weight @ moments.mean
 
 
@@ -354,6 +356,21 @@ def _row_blocks(problem: LayerProblem) -> Iterator[slice]:
     """Slices of rows small enough that a block of the weight stays in cache."""
     height = max(1, _CACHED_ENTRIES // problem.columns)
     return (slice(first, first + height) for first in range(0, problem.rows, height))
+
+
+def _energy(problem: LayerProblem, rows: slice) -> NDArray[np.float64]:
+    """g_i C_jj w̃_ij² of some rows, in float64 whatever the weight is."""
+    energy = np.square(problem.target_weight[rows], dtype=np.float64)
+    energy *= problem.moments.variance
+    energy *= problem.output_weight[rows, None]
+    return energy
+
+
+def _sparse_energy(problem: LayerProblem, entries: sparse.coo_array) -> NDArray[np.float64]:
+    """The same for the entries of a sparse W̃, (entries,)."""
+    energy = np.square(entries.data, dtype=np.float64)
+    energy *= problem.moments.variance[entries.col] * problem.output_weight[entries.row]
+    return energy
 
 
 def _uniform_capped_energy(problem: LayerProblem, price: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -367,9 +384,7 @@ def _uniform_capped_energy(problem: LayerProblem, price: NDArray[np.float64]) ->
     held_by = np.eye(problem.P)[problem.column_home]
     capped = np.empty((problem.rows, problem.P))
     for rows in _row_blocks(problem):
-        energy = np.square(problem.target_weight[rows], dtype=np.float64)
-        energy *= problem.moments.variance
-        energy *= problem.output_weight[rows, None]
+        energy = _energy(problem, rows)
         local = np.minimum(energy, at_home) @ held_by
         np.minimum(energy, elsewhere, out=energy)
         remote = energy @ held_by
@@ -381,9 +396,7 @@ def _capped_energy(problem: LayerProblem, price: NDArray[np.float64]) -> NDArray
     """(rows, P) Σ_j min(energy_ij, price_jk) for any prices."""
     capped = np.empty((problem.rows, problem.P))
     for rows in _row_blocks(problem):
-        energy = np.square(problem.target_weight[rows], dtype=np.float64)
-        energy *= problem.moments.variance
-        energy *= problem.output_weight[rows, None]
+        energy = _energy(problem, rows)
         for k in range(problem.P):
             capped[rows, k] = np.minimum(energy, price[:, k]).sum(axis=1)
     return capped
@@ -391,8 +404,7 @@ def _capped_energy(problem: LayerProblem, price: NDArray[np.float64]) -> NDArray
 
 def _sparse_capped_energy(problem: LayerProblem, price: NDArray[np.float64]) -> NDArray[np.float64]:
     entries = problem.target_weight.tocoo()
-    energy = np.square(entries.data, dtype=np.float64)
-    energy *= problem.moments.variance[entries.col] * problem.output_weight[entries.row]
+    energy = _sparse_energy(problem, entries)
     capped = [
         np.bincount(entries.row, np.minimum(energy, price[entries.col, k]), minlength=problem.rows)
         for k in range(problem.P)

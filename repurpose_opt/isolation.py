@@ -30,7 +30,7 @@ def call(function: Callable[..., Any], *arguments: Any, time_limit: float | None
         done = subprocess.run(command, input=request, capture_output=True, timeout=time_limit, check=False)
     except subprocess.TimeoutExpired:
         raise DeadlinePassed(f"{function.__qualname__} was ended after {time_limit:.3g} s") from None
-    if done.returncode != 0:
+    if done.returncode != 0 or not done.stdout:
         last = done.stderr.decode(errors="replace").strip().split("\n")[-1]
         raise RuntimeError(f"{function.__qualname__} ended with code {done.returncode}: {last}")
     return pickle.loads(done.stdout)

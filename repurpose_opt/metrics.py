@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from repurpose_opt.exchange import Exchange
-from repurpose_opt.moments import with_ridge
 from repurpose_opt.problem import LayerProblem, Weight, dense
 
 TOLERANCE = 1e-9
@@ -133,7 +132,7 @@ def _squared_error(
     moments = problem.moments
     if moments.is_diagonal:
         return _diagonal_squared_error(problem, weight, ridge)
-    second = with_ridge(moments.second, ridge)
+    second = moments.regularised if ridge == moments.ridge else moments.second
     cross = problem.predicted_moment - (moments.ridge - ridge) * dense(problem.weight)
     row_owner = owner[problem.row_neuron]
     error = _energy(problem, ridge).copy()

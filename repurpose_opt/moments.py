@@ -131,7 +131,10 @@ def with_default_ridge(
 
 
 def _finite(name: str, value: ArrayLike, shape: tuple[int, ...] | None = None) -> NDArray[np.float64]:
-    array = np.asarray(value, dtype=np.float64)
+    try:
+        array = np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise InvalidArgument(name, "something that is not numbers", "an array of numbers") from None
     if shape is not None and array.shape != shape:
         raise InvalidArgument(name, f"shape {array.shape}", f"shape {shape}")
     if not np.isfinite(array).all():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -90,6 +90,13 @@ class LayerProblem:
     def min_slots(self) -> NDArray[np.int64]:
         """(P,) neurons that each worker must take; meaningful for equal loads."""
         return _whole(self.min_load / self.load[0], np.ceil)
+
+    @cached_property
+    def unweighted(self) -> LayerProblem:
+        """The problem with g = 1, as the NMSE sees it."""
+        if (self.output_weight == 1).all():
+            return self
+        return replace(self, output_weight=np.ones(self.rows))
 
     @cached_property
     def column_home(self) -> NDArray[np.int64]:
@@ -300,7 +307,10 @@ def _numbers(
         return np.full(shape, default)
     if hasattr(value, "detach"):
         value = value.detach().cpu().double().numpy()
-    array = np.asarray(value, dtype=np.float64)
+    try:
+        array = np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise InvalidArgument(name, "something that is not numbers", f"numbers of shape {shape}") from None
     if array.shape not in ((), shape):
         raise InvalidArgument(name, f"shape {array.shape}", f"shape {shape}")
     if np.isnan(array).any() or (not infinite and not np.isfinite(array).all()):

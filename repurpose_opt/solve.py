@@ -122,6 +122,9 @@ def solve_problem(
     """`solve_layer` for a problem that exists already."""
     if not isinstance(formulation, Formulation):
         raise InvalidArgument("formulation", repr(formulation), "an Edge, Volume, Lossless or other Formulation")
+    for argument, name in (("partitioner", partitioner), ("pruner", pruner)):
+        if not isinstance(name, str):
+            raise InvalidArgument(argument, repr(name), "a name from `repurpose-opt solvers`")
     options = SolveOptions() if options is None else options
     chain = auto_partitioner(problem, formulation) if partitioner == "auto" else partitioner
     stages: list[Partitioner] = [registry.load("partitioners", name)() for name in chain.split("+")]

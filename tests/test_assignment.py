@@ -94,6 +94,16 @@ def test_the_scale_and_the_sign_of_costs_do_not_matter(engine: Any, scale: float
 
 
 @pytest.mark.parametrize("engine", [assign_by_flow, assign_by_munkres, assign])
+def test_one_neuron_of_enormous_cost_does_not_blur_the_others(engine: Any):
+    problem = random_problem(m=12, P=3, capacity=[5, 4, 3])
+    cost = np.random.default_rng(1).random((12, 3))
+    cost[0] = [0.0, 1e5, 1e5]
+    best = cost[np.arange(12), assign_by_munkres(problem, cost)].sum()
+    assert cost[np.arange(12), engine(problem, cost)].sum() == pytest.approx(best, rel=1e-6)
+    assert best < 12
+
+
+@pytest.mark.parametrize("engine", [assign_by_flow, assign_by_munkres, assign])
 def test_equal_costs_have_any_valid_answer(engine: Any):
     problem = random_problem(m=7, P=3, capacity=[3, 3, 3], min_load=[1, 3, 0])
     assert metrics.placement_violations(problem, engine(problem, np.zeros((7, 3)))) == ()

@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import Any
 
-import numpy as np
 import pytest
 
-from repurpose_opt import registry, testing
+from repurpose_opt import Termination, registry, testing
 from repurpose_opt.solve import solve_problem
-from repurpose_opt.solver import Termination
 
 Check = Callable[[], str | None]
 
 PARTITIONERS = [entry.name for entry in registry.registered("partitioners") if entry.installed]
 PRUNERS = [entry.name for entry in registry.registered("pruners") if entry.installed]
+FORMULATIONS = testing.standard_formulations()
 
 
-def cases(kind: str, names: list[str]) -> Iterator[object]:
+def backend_cases(kind: str, names: list[str]) -> list[Any]:
     checks = testing.partitioner_checks if kind == "partitioners" else testing.pruner_checks
-    for backend in names:
-        for name, check in checks(registry.load(kind, backend)()):
-            yield pytest.param(check, id=f"{backend}-{name}")
+    return [
+        pytest.param(check, id=f"{backend}-{name}")
+        for backend in names
+        for name, check in checks(registry.load(kind, backend)())
+    ]
 
 
-def formulation_cases() -> Iterator[object]:
-    for label, formulation in testing.standard_formulations().items():
-        for name, check in testing.formulation_checks(formulation):
-            yield pytest.param(check, id=f"{label}-{name}")
+FORMULATION_CASES = [
+    pytest.param(check, id=f"{label}-{name}")
+    for label, formulation in FORMULATIONS.items()
+    for name, check in testing.formulation_checks(formulation)
+]
 
 
 def run(check: Check) -> None:
@@ -36,16 +39,54 @@ def run(check: Check) -> None:
         pytest.skip(declined)
 
 
-@pytest.mark.parametrize("check", cases("partitioners", PARTITIONERS))
-def test_partitioner(check: Check) -> None:
+@pytest.mark.filterwarnings("ignore:Passing xadj/adjncy:DeprecationWarning")
+@pytest.mark.parametrize("check", backend_cases("partitioners", PARTITIONERS))
+def test_partitioner(check: Check):
     run(check)
 
 
-@pytest.mark.parametrize("check", cases("pruners", PRUNERS))
-def test_pruner(check: Check) -> None:
+@pytest.mark.parametrize("check", backend_cases("pruners", PRUNERS))
+def test_pruner(check: Check):
     run(check)
 
 
-@pytest.mark.parametrize("check", formulation_cases())
-def test_formulation(check: Check) -> None:
+@pytest.mark.parametrize("check", FORMULATION_CASES)
+def test_formulation(check: Check):
     run(check)
+
+
+# A check that is declined proves nothing: what each backend must serve, and where it must prove its answer.
+SERVES = {
+    "contiguous": set(FORMULATIONS),
+    "random": set(FORMULATIONS),
+    "brute-force": set(FORMULATIONS),
+    "munkres": set(FORMULATIONS),
+    "flow": set(FORMULATIONS),
+    "metis": set(FORMULATIONS),
+    "alternate": set(FORMULATIONS),
+    "compensated": {label for label in FORMULATIONS if label.startswith("volume")},
+}
+PROVES = {"brute-force": set(FORMULATIONS), "munkres": {"edge"}, "flow": {"edge"}}
+
+
+@pytest.mark.filterwarnings("ignore:Passing xadj/adjncy:DeprecationWarning")
+@pytest.mark.parametrize("label", FORMULATIONS)
+@pytest.mark.parametrize("name", SERVES)
+def test_what_a_partitioner_serves_and_proves(name: str, label: str):
+    problem, formulation = testing.TINY_CASES["correlated"](), FORMULATIONS[label]
+    solution = solve_problem(problem, formulation, partitioner=name)
+    if label not in SERVES[name]:
+        assert solution.termination is Termination.UNSUPPORTED
+    elif label in PROVES.get(name, ()):
+        assert solution.termination is Termination.OPTIMAL
+        assert solution.objective == pytest.approx(testing.least_objective(problem, formulation), rel=1e-9)
+    else:
+        assert solution.termination is Termination.HEURISTIC
+
+
+@pytest.mark.parametrize("label", FORMULATIONS)
+def test_what_a_pruner_serves(label: str):
+    problem, formulation = testing.TINY_CASES["correlated"](), FORMULATIONS[label]
+    assert solve_problem(problem, formulation, pruner="threshold").violations == ()
+    solution = solve_problem(problem, formulation, pruner="group-omp")
+    assert (solution.termination is Termination.UNSUPPORTED) == (not label.startswith("volume"))

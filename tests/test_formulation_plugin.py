@@ -31,8 +31,10 @@ class Broadcast(Formulation):
         self, problem: LayerProblem, owner: NDArray[np.int64] | None, exchange: Exchange | None
     ) -> NDArray[np.float64]:
         """The bytes of the values that a neuron would be the first to read remotely."""
-        broadcast = np.zeros(problem.n, dtype=bool) if exchange is None else exchange.transfers.any(axis=1)
-        return np.asarray(incidence(problem) @ (problem.transfer_bytes * ~broadcast[:, None]))
+        bytes_left = problem.transfer_bytes.copy()
+        if exchange is not None:
+            bytes_left[exchange.transfers.any(axis=1)] = 0
+        return np.asarray(incidence(problem) @ bytes_left)
 
     def select(self, problem: LayerProblem, owner: NDArray[np.int64]) -> Exchange:
         needed = np.asarray(incidence(problem).T @ np.eye(problem.P)[owner]) > 0
@@ -46,7 +48,7 @@ class Broadcast(Formulation):
 
 def thin_problem(seed: int, m: int = 6, n: int = 4, P: int = 2, density: float = 0.35) -> LayerProblem:
     random = np.random.default_rng(seed)
-    weight = random.normal(size=(m, n)) * (random.random((m, n)) < density)
+    weight = random.normal(size=(m, n)) * (random.random(size=(m, n)) < density)
     return random_problem(seed, m, n, P, weight=weight, value_bytes=random.integers(1, 9, n), capacity=m // P + 1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from conftest import BLOCKS, random_layer, random_owner
 from repurpose_opt import LayerProblem, Moments, SolveOptions, Termination, Volume, metrics, registry
 from repurpose_opt.formulation import corrected_bias
 from repurpose_opt.repair import refit
+from repurpose_opt.solver import Deadline
+from repurpose_opt_solvers.group_omp_ import _pursue
 
 LAYERS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -49,18 +52,23 @@ def gains(problem: LayerProblem, owner: np.ndarray, transfers: np.ndarray) -> di
 
 
 def greedy(
-    problem: LayerProblem, owner: np.ndarray, cost: np.ndarray, least_rate: float = 0.0
-) -> list[tuple[int, int]]:
-    """(value, worker) by the largest decrease of the error per unit of cost, while it is above `least_rate`."""
+    problem: LayerProblem, owner: np.ndarray, cost: np.ndarray, *, least_rate: float = 0.0, budget: float = np.inf
+) -> dict[tuple[int, int], float]:
+    """(value, worker): rate, in the order of the largest decrease of the error per unit of cost.
+
+    It goes on while the rate is above `least_rate`, among the transfers that the budget still allows.
+    """
     transfers = np.zeros((problem.n, problem.P), dtype=bool)
-    order = []
-    while found := gains(problem, owner, transfers):
-        (j, k), gain = max(found.items(), key=lambda item: item[1] / cost[item[0]])
-        if gain / cost[j, k] <= least_rate:
-            break
-        order.append((j, k))
-        transfers[j, k] = True
-    return order
+    rates: dict[tuple[int, int], float] = {}
+    while True:
+        found = {pair: gain / cost[pair] for pair, gain in gains(problem, owner, transfers).items()}
+        found = {pair: rate for pair, rate in found.items() if problem.transfer_bytes[pair] <= budget}
+        pair = max(found, key=lambda pair: found[pair], default=(0, 0))
+        if not found or found[pair] <= least_rate:
+            return rates
+        rates[pair] = found[pair]
+        budget -= problem.transfer_bytes[pair]
+        transfers[pair] = True
 
 
 def pairs(transfers: np.ndarray) -> set[tuple[int, int]]:
@@ -68,15 +76,25 @@ def pairs(transfers: np.ndarray) -> set[tuple[int, int]]:
 
 
 @each_layer
-def test_each_budget_is_spent_on_the_largest_decreases_of_the_error(arguments: dict[str, Any]):
-    problem = random_layer(seed=1, **arguments).problem
+@pytest.mark.parametrize("seed", range(3))
+def test_each_step_is_the_largest_decrease_of_the_error_a_byte(seed: int, arguments: dict[str, Any]):
+    problem = random_layer(seed, **arguments).problem
     owner = random_owner(problem)
-    order = greedy(problem, owner, problem.transfer_bytes)
-    assert len(order) >= 6
-    spent = np.cumsum([problem.transfer_bytes[pair] for pair in order])
-    for count in range(1, len(order) + 1):
-        chosen = pairs(prune(problem, owner, budget_bytes=float(spent[count - 1])))
-        assert chosen == set(order[:count])
+    expected = greedy(problem, owner, problem.transfer_bytes)
+    assert len(expected) >= 6
+    steps = {(j, k): rate for j, k, rate in _pursue(problem, Volume(budget=1.0), owner, Deadline(None)) if rate > 1e-12}
+    assert list(steps) == list(expected)
+    np.testing.assert_allclose(list(steps.values()), list(expected.values()), rtol=1e-6)
+
+
+@each_layer
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.4, 0.55, 0.8])
+def test_a_budget_is_spent_on_the_largest_decreases_that_it_still_allows(share: float, arguments: dict[str, Any]):
+    problem = random_layer(seed=1, **{"value_bytes": [4, 11, 5, 9, 2], **arguments}).problem
+    owner = random_owner(problem)
+    budget = np.floor(share * problem.direct_volume + 1e-9)
+    expected = greedy(problem, owner, problem.transfer_bytes, budget=budget)
+    assert pairs(prune(problem, owner, budget=share)) == set(expected)
 
 
 @each_layer
@@ -91,6 +109,22 @@ def test_a_price_is_paid_while_the_error_falls_by_more(arguments: dict[str, Any]
     assert counts == sorted(counts, reverse=True)
     assert counts[-1] == 0
     assert len(set(counts)) > 2
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_does_not_fit_a_budget_any_more_does_not_count_as_sent(seed: int):
+    """Pairs of inputs that resemble each other, one of each dearer: without it, its twin is worth sending."""
+    random = np.random.default_rng(seed)
+    some = random.normal(size=(80, 5))
+    inputs = np.hstack([some, some + 0.8 * random.normal(size=some.shape)])
+    weight = np.hstack([2 * random.normal(size=(4, 5)), 0.2 * random.normal(size=(4, 5))])
+    problem = LayerProblem.create(
+        weight, 2, input_owner=0, moments=Moments.from_samples(inputs), value_bytes=[4] * 5 + [3] * 5
+    )
+    owner = np.array([0, 0, 1, 1])
+    for budget in range(3, 30):
+        expected = greedy(problem, owner, problem.transfer_bytes, budget=budget)
+        assert pairs(prune(problem, owner, budget_bytes=budget)) == set(expected)
 
 
 def test_blocks_of_two_columns_have_exact_gains_where_inputs_are_uncorrelated():
@@ -112,9 +146,13 @@ def test_more_transfers_than_are_set_aside_at_first():
     owner = np.array([1, 1, 1, 0, 0, 0])
     transfers = prune(problem, owner, budget=1.0)
     assert transfers[:150, 1].all()
-    half = prune(problem, owner, budget_bytes=100 * 8)
-    assert half.sum() == 100
-    assert 0 < error_after(problem, owner, half) < error_after(problem, owner, problem.remote & False)
+    before = error_after(problem, owner, np.zeros((160, 2), dtype=bool))
+    for count in (50, 80, 120, 150):
+        some = prune(problem, owner, budget_bytes=count * 8)
+        assert some.sum() == count
+        steps = islice(_pursue(problem, Volume(budget_bytes=count * 8), owner, Deadline(None)), count)
+        gained = sum(8 * rate for _, _, rate in steps)
+        assert before - error_after(problem, owner, some) == pytest.approx(gained, rel=1e-9)
 
 
 @pruners

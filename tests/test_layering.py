@@ -13,7 +13,7 @@ CORE = ROOT / "repurpose_opt"
 
 ORDER = [
     {"errors"},
-    {"isolation"},  # aside: it knows nothing of the core but its errors
+    {"isolation", "progress"},  # aside: they know nothing of the core but its errors
     {"moments"},
     {"problem"},
     {"exchange"},

@@ -98,7 +98,8 @@ def test_volume_counts_every_transfer_once(seed: int, m: int, n: int, P: int):
     random = np.random.default_rng(seed)
     problem = random_problem(
         seed, m, n, P,
-        value_bytes=random.integers(0, 9, n), link_price=random.uniform(0, 3, (P, P)), input_owner=random.integers(0, P, n),
+        value_bytes=random.integers(0, 9, n), link_price=random.uniform(0, 3, (P, P)),
+        input_owner=random.integers(0, P, n),
     )  # fmt: skip
     transfers = random_transfers(problem, seed)
     exchange = Exchange.of_transfers(transfers, problem.input_owner)

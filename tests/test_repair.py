@@ -141,7 +141,7 @@ def test_compensated_cost_is_the_error_after_refitting_each_neuron_on_each_worke
             has = has_column(problem, np.full(problem.m, k), transfers)
             weight = layer.weight.copy()
             for row in rows:
-                weight[row] = refit_on_samples(layer, row, np.flatnonzero(has[row]))
+                weight[row] = refit_on_samples(layer, int(row), np.flatnonzero(has[row]))
             # The rows of the other neurons must count nothing: their error is left out by g = 0.
             g = np.where(np.isin(np.arange(problem.rows), rows), problem.output_weight, 0.0)
             alone = replace(layer, problem=replace(problem, output_weight=g))

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -168,8 +169,10 @@ def test_the_pruner_that_does_not_support_the_formulation_says_so(problem: Layer
 # ----------------------------------------------------------------------------------------------------- alternation
 
 
-def recorded(problem: LayerProblem, formulation: Formulation, start: NDArray[np.int64]) -> list[LayerSolution]:
-    """What the alternation reaches with one more round each time, by a pruner that counts its calls."""
+def recorded(
+    problem: LayerProblem, formulation: Formulation, start: NDArray[np.int64], partitioner: str = "compensated"
+) -> tuple[LayerSolution, list[LayerSolution]]:
+    """The answer of the alternation, and what each of its rounds reached, by a pruner that records its calls."""
     from repurpose_opt_solvers.threshold_ import Threshold
 
     class Recorder(Threshold):
@@ -184,22 +187,30 @@ def recorded(problem: LayerProblem, formulation: Formulation, start: NDArray[np.
 
     recorder = Recorder()
     with registered("pruners", recorder) as name:
-        solve_problem(problem, formulation, partitioner="compensated", pruner=name, start=start)
-    return [
-        solve_problem(replace(problem, allowed=np.eye(problem.P, dtype=bool)[owner]), formulation, partitioner="contiguous", pruner="threshold")
-        for owner in recorder.seen
-    ]  # fmt: skip
+        answer = solve_problem(problem, formulation, partitioner=partitioner, pruner=name, start=start)
+    every_place = np.eye(problem.P, dtype=bool)
+    pinned = [replace(problem, allowed=every_place[owner]) for owner in recorder.seen]
+    return answer, [solve_problem(fixed, formulation, partitioner="contiguous", pruner="threshold") for fixed in pinned]
 
 
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("formulation", [Volume(budget=0.2), Volume(transfer_price=0.05)], ids=["budget", "price"])
 def test_the_objective_falls_from_round_to_round_until_the_last(seed: int, formulation: Formulation):
     problem = random_layer(seed, m=16, n=12, P=4).problem
-    rounds = recorded(problem, formulation, random_owner(problem))
+    answer, rounds = recorded(problem, formulation, random_owner(problem))
     objectives = [solution.objective for solution in rounds]
     accepted = objectives[:-1]  # the last round is the one that was not accepted, or found nothing new
     assert len(objectives) >= 2
-    assert all(after < before for before, after in zip(accepted, accepted[1:], strict=False)), objectives
+    assert all(after < before for before, after in pairwise(accepted)), objectives
+    assert answer.objective == min(objectives)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_damped_alternation_keeps_the_best_of_its_rounds(seed: int):
+    problem = random_layer(seed, m=24, n=16, P=4, density=0.15).problem
+    answer, rounds = recorded(problem, Lossless(), random_owner(problem), "alternate")
+    assert len(rounds) > 3
+    assert answer.objective == min(solution.objective for solution in rounds)
 
 
 def test_alternation_improves_on_its_start():
@@ -262,10 +273,10 @@ def test_a_pruner_that_ran_out_of_time_shows_in_the_termination():
 
 
 def test_the_time_limit_is_for_all_stages_together(problem: LayerProblem, register: Callable[[Backend], str]):
-    limits = []
+    limits: list[float] = []
 
     def look(problem: LayerProblem, formulation: Formulation, options: SolveOptions, *_: Any) -> Candidate:
-        limits.append(options.time_limit)
+        limits.append(options.time_limit or 0.0)
         time.sleep(0.02)
         return Candidate(Termination.HEURISTIC, random_owner(problem))
 
@@ -312,13 +323,14 @@ def test_optimal_without_a_bound_is_refused(problem: LayerProblem, register: Cal
     register(answers("boasts", Candidate(Termination.OPTIMAL, best.owner)))
     solution = solve_problem(problem, EDGE, partitioner="boasts")
     assert solution.termination is Termination.HEURISTIC
+    assert solution.stats["stages"][0]["termination"] == "heuristic"
     assert "optimal" in solution.stats["refused_claims"][0]
 
 
 @pytest.mark.parametrize("bound", ["low", "surrogate"])
 def test_optimal_with_a_gap_is_refused(problem: LayerProblem, register: Callable[[Backend], str], bound: str):
     best = least_edge(problem)
-    claim = {"bound": 0.9 * best.objective} if bound == "low" else {"surrogate_bound": best.objective}
+    claim: dict[str, Any] = {"bound": 0.9 * best.objective} if bound == "low" else {"surrogate_bound": best.objective}
     register(answers("boasts", Candidate(Termination.OPTIMAL, best.owner, **claim)))
     solution = solve_problem(problem, EDGE, partitioner="boasts")
     assert solution.termination is Termination.HEURISTIC
@@ -435,6 +447,22 @@ def test_impossible_messages_are_an_error(
     assert solution.owner is None
 
 
+@pytest.mark.parametrize("chain", ["cheap+contiguous", "contiguous+cheap"])
+def test_a_valid_answer_is_better_than_a_cheap_one_that_breaks_a_constraint(
+    problem: LayerProblem, owner: NDArray[np.int64], register: Callable[[Backend], str], chain: str
+):
+    nothing = Exchange.nothing(problem.n, problem.P)
+    register(answers("cheap", Candidate(Termination.OPTIMAL, owner, nothing, bound=0.0)))
+    formulation = Volume(max_nmse=0.01)
+    alone = solve_problem(problem, formulation, partitioner="cheap")
+    assert alone.objective == 0
+    assert alone.violations
+    assert alone.termination is not Termination.OPTIMAL
+    solution = solve_problem(problem, formulation, partitioner=chain)
+    assert solution.violations == ()
+    assert solution.objective > 0
+
+
 @pytest.mark.parametrize("termination", [Termination.OPTIMAL, Termination.HEURISTIC])
 def test_a_success_without_owners_is_an_error(
     problem: LayerProblem, register: Callable[[Backend], str], termination: Termination
@@ -447,7 +475,7 @@ def test_a_success_without_owners_is_an_error(
 
 
 def test_an_answer_that_is_no_candidate_is_an_error(problem: LayerProblem, register: Callable[[Backend], str]):
-    register(Backend("odd", lambda *_: "here you are"))  # type: ignore[arg-type,return-value]
+    register(Backend("odd", lambda *_: "here you are"))  # type: ignore[arg-type]
     assert solve_problem(problem, EDGE, partitioner="odd").termination is Termination.ERROR
 
 
@@ -514,7 +542,8 @@ def test_solve_layer_with_nothing_but_a_weight():
     assert solution.formulation == Volume(budget=0.1)
     assert solution.violations == ()
     assert solution.volume <= 0.1 * solution.problem.direct_volume
-    assert np.bincount(solution.require().owner).tolist() == [4, 4, 4]
+    assert solution.owner is not None
+    assert np.bincount(solution.owner).tolist() == [4, 4, 4]
     assert solution.stats["ridge"] == 0.0
 
 

@@ -30,8 +30,8 @@ from repurpose_opt.formulation import incidence
 from repurpose_opt.solver import Prune
 from repurpose_opt.testing import check_formulation, check_partitioner, check_pruner
 
-EDGE = {"edge": Edge(weight_price=0.05, transfer_price=0.02)}
-LOSSLESS = {"lossless": Lossless()}
+EDGE: dict[str, Formulation] = {"edge": Edge(weight_price=0.05, transfer_price=0.02)}
+LOSSLESS: dict[str, Formulation] = {"lossless": Lossless()}
 
 Munkres: Any = registry.load("partitioners", "munkres")
 Alternate: Any = registry.load("partitioners", "alternate")
@@ -72,7 +72,7 @@ def test_the_oracle_by_hand():
 def faulty(base: Any, change: Callable[..., Candidate], **attributes: Any) -> Any:
     """A backend like `base` whose candidate is changed."""
 
-    class Faulty(base):  # type: ignore[misc]
+    class Faulty(base):
         """Faulty."""
 
         def solve(self, problem: LayerProblem, *arguments: Any) -> Candidate:
@@ -84,8 +84,7 @@ def faulty(base: Any, change: Callable[..., Candidate], **attributes: Any) -> An
 
 
 def moved(candidate: Candidate, problem: LayerProblem) -> Candidate:
-    owner = np.zeros(problem.m, dtype=np.int64)
-    return replace(candidate, owner=owner, exchange=None, bound=None, claimed_objective=None, termination=Termination.HEURISTIC)  # fmt: skip
+    return Candidate(Termination.HEURISTIC, np.zeros(problem.m, dtype=np.int64))
 
 
 def optimal_but_not(candidate: Candidate, problem: LayerProblem) -> Candidate:
@@ -168,7 +167,7 @@ def test_overrun_of_the_time_limit_is_caught(monkeypatch: pytest.MonkeyPatch):
         check_partitioner(faulty(Contiguous, is_slow), EDGE)
 
 
-class IgnoresLinkPrices(Alternate):  # type: ignore[misc,valid-type]
+class IgnoresLinkPrices(Munkres):
     """Claims to be exact where it has not looked at the prices."""
 
     name = "ignores-prices"
@@ -177,12 +176,12 @@ class IgnoresLinkPrices(Alternate):  # type: ignore[misc,valid-type]
         self, problem: LayerProblem, formulation: Formulation, options: SolveOptions, start: Any, prune: Prune
     ) -> Candidate:
         blind = replace(problem, link_price=1.0 - np.eye(problem.P))
-        candidate: Candidate = Munkres().solve(blind, formulation, options, start, prune)
+        candidate: Candidate = super().solve(blind, formulation, options, start, prune)
         return candidate
 
 
 def test_link_prices_that_are_ignored_are_caught():
-    with pytest.raises(AssertionError, match="link_price"):
+    with pytest.raises(AssertionError, match="oracle-link_price"):
         check_partitioner(IgnoresLinkPrices(), EDGE)
 
 
@@ -195,14 +194,14 @@ def moves_a_neuron(candidate: Candidate, problem: LayerProblem) -> Candidate:
     return replace(candidate, owner=None if owner is None else owner[::-1].copy())
 
 
-def is_late(candidate: Candidate, problem: LayerProblem) -> Candidate:
+def forgets(candidate: Candidate, problem: LayerProblem) -> Candidate:
     return replace(candidate, exchange=None)
 
 
 PRUNER_FAULTS: dict[str, tuple[Any, str]] = {
     "above the budget": (faulty(Threshold, sends_too_much), "an invalid answer: .'volume"),
     "an exception": (faulty(Threshold, raises), "ZeroDivisionError"),
-    "no exchange": (faulty(Threshold, is_late), "."),
+    "no exchange": (faulty(Threshold, forgets), "without an exchange|no owners"),
     "a changed problem": (faulty(Threshold, mutates), "mutates_nothing.*read-only"),
 }
 
@@ -291,7 +290,7 @@ FORMULATION_FAULTS: dict[str, tuple[Formulation, str]] = {
     "exactness of the assignment": (ClaimsExactAssignment(), "exactness_of_assignment-"),
     "exactness of the selection": (SelectsTooMuch(), "exactness_of_selection-"),
     "own constraints": (SelectsTooLittle(), "select-.*own constraints"),
-    "changed problem": (ChangesTheProblem(), "."),
+    "changed problem": (ChangesTheProblem(), "mutates_nothing: ValueError: .*read-only"),
     "no number": (HasNoNumber(), "objective-.*nan"),
     "weights without values": (HoldsNothingBack(), "select-.*does not have"),
     "damping": (DampsWithoutEnd(), "is_declared: damping"),
@@ -301,7 +300,7 @@ FORMULATION_FAULTS: dict[str, tuple[Formulation, str]] = {
 @pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize(("formulation", "message"), FORMULATION_FAULTS.values(), ids=FORMULATION_FAULTS)
 def test_a_faulty_formulation_is_caught(formulation: Formulation, message: str):
-    with pytest.raises((AssertionError, ValueError), match=f"(?s){message}"):
+    with pytest.raises(AssertionError, match=f"(?s){message}"):
         check_formulation(formulation)
 
 

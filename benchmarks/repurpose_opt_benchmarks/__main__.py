@@ -1,4 +1,8 @@
-"""`python -m repurpose_opt_benchmarks [NAME …] [--quick]` runs experiments, by default all of them."""
+"""`python -m repurpose_opt_benchmarks [NAME …] [--quick]` runs experiments, by default all of them.
+
+Other options are handed on, for instance `strips --mnist-dir DIR`; `python -m repurpose_opt_benchmarks.strips --help`
+lists an experiment's own.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,8 @@ from importlib import import_module
 
 # Each module has main(argv) -> exit code, and takes --quick.
 EXPERIMENTS = {
+    "layer": "repurpose_opt_benchmarks.layer",
+    "strips": "repurpose_opt_benchmarks.strips",
     "transport": "repurpose_opt_benchmarks.transport",
 }
 
@@ -20,14 +26,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(EXPERIMENTS)} (default: all)")
     parser.add_argument("--quick", action="store_true", help="small sizes, to try it out; writes no results")
-    args = parser.parse_args(argv)
+    args, options = parser.parse_known_args(argv)
     for name in args.names:
         if name not in EXPERIMENTS:
             parser.error(f"no experiment {name!r}; known: {', '.join(EXPERIMENTS)}")
     worst = 0
     for name in args.names or EXPERIMENTS:
         print(f"== {name}", flush=True)
-        worst = max(worst, import_module(EXPERIMENTS[name]).main(["--quick"] if args.quick else []))
+        worst = max(worst, import_module(EXPERIMENTS[name]).main(options + ["--quick"] * args.quick))
     return worst
 
 

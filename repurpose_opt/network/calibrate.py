@@ -13,55 +13,79 @@ from repurpose_opt.errors import InvalidArgument
 from repurpose_opt.network.trace import Chain
 
 BATCH = 2048
+LOSSES = ("cross_entropy", "squared_error")
 
 
 def gather(data: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Inputs (samples, …) and labels (samples,) or None, out of inputs, (inputs, labels), or batches of either.
+    """Inputs (samples, …) and labels (samples, …) or None, out of inputs, (inputs, labels), or batches of either.
 
+    Two arrays are (inputs, labels) where they are a tuple, or one batch, or differ in shape; else two batches.
     Raises InvalidArgument.
     """
-    if isinstance(data, (torch.Tensor, np.ndarray)):
-        inputs, labels = torch.as_tensor(data), None
-    elif isinstance(data, (tuple, list)) and len(data) == 2 and _is_pair(data):
-        inputs, labels = torch.as_tensor(data[0]), torch.as_tensor(data[1])
+    if isinstance(data, (torch.Tensor, np.ndarray)) or _is_pair(data):
+        inputs, labels = _batch(data)
     else:
-        try:
-            batches = [gather(batch) for batch in data]
-        except TypeError:
-            batches = []
-        if not batches:
-            allowed = "inputs, (inputs, labels), or batches of either"
-            raise InvalidArgument("data", type(data).__name__, allowed)
-        inputs = torch.cat([batch for batch, _ in batches])
-        given = [batch_labels for _, batch_labels in batches if batch_labels is not None]
-        labels = torch.cat(given) if len(given) == len(batches) else None
+        inputs, labels = _concatenated(data)
     if len(inputs) == 0:
         raise InvalidArgument("data", "no samples", "at least one")
-    if labels is not None and len(labels) != len(inputs):
-        raise InvalidArgument("data", f"{len(labels)} labels for {len(inputs)} inputs", "a label an input")
     if not torch.isfinite(inputs).all():
         raise InvalidArgument("data", "NaN or infinite inputs", "finite numbers")
     return inputs, labels
 
 
-def loss_weights(chain: Chain, inputs: torch.Tensor, seed: int) -> list[NDArray[np.float64]]:
+def check_loss(loss: str, chain: Chain) -> None:
+    """Raises InvalidArgument where the loss is unknown or says nothing about a model's outputs."""
+    if loss not in LOSSES:
+        raise InvalidArgument("loss", repr(loss), " or ".join(LOSSES))
+    if loss == "cross_entropy" and chain.linear(-1).out_features == 1:
+        raise InvalidArgument("loss", "cross_entropy for a model with one output", "squared_error")
+
+
+def checked_labels(labels: torch.Tensor, loss: str, outputs: int) -> torch.Tensor:
+    """Labels as the loss takes them: classes (samples,) int64, or numbers (samples, outputs).
+
+    Raises InvalidArgument.
+    """
+    got = f"labels of shape {tuple(labels.shape)}, {str(labels.dtype).removeprefix('torch.')}"
+    if loss == "cross_entropy":
+        is_whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+        if labels.ndim != 1 or not is_whole:
+            raise InvalidArgument("data", got, "(samples,) whole numbers for the loss cross_entropy")
+        if labels.min() < 0 or labels.max() >= outputs:
+            raise InvalidArgument("data", f"labels {labels.min()} … {labels.max()}", f"0 … {outputs - 1}")
+        return labels.long()
+    if labels.ndim == 1 and outputs == 1:
+        labels = labels[:, None]
+    if labels.shape[1:] != (outputs,) or not torch.isfinite(labels).all():
+        raise InvalidArgument("data", got, f"(samples, {outputs}) finite numbers for the loss squared_error")
+    return labels
+
+
+@torch.enable_grad()
+def loss_weights(
+    chain: Chain, inputs: torch.Tensor, seed: int, loss: str = "cross_entropy"
+) -> list[NDArray[np.float64]]:
     """For each linear layer g (m,) = E[(∂loss/∂z_i)²] at its outputs z: the diagonal Fisher information.
 
-    The loss is the cross-entropy with labels drawn from the model's own prediction (Martens 2020, "New insights and
-    perspectives on the natural gradient method", section 5), so no true label is needed.
+    The labels are drawn from the model's own prediction (Martens 2020, "New insights and perspectives on the natural
+    gradient method", section 5), so no true label is needed: classes for cross_entropy; for squared_error the outputs
+    plus unit Gaussian noise ε, which makes the gradient Jᵀε.
+
+    Raises InvalidArgument where the outputs are not finite.
     """
     generator = torch.Generator().manual_seed(seed)
-    squares = [torch.zeros(chain.linear(i).out_features, dtype=torch.float64) for i in range(len(chain.linears))]
+    widths = [chain.linear(index).out_features for index in range(len(chain.linears))]
+    squares = [torch.zeros(width, dtype=torch.float64) for width in widths]
     for batch in inputs.split(BATCH):
+        # Zeros added to each layer's outputs: the gradient there is the gradient of the outputs.
+        probes = [torch.zeros(len(batch), width, dtype=batch.dtype, requires_grad=True) for width in widths]
         value = chain.before_first(batch)
-        outputs = []
-        for index in range(len(chain.linears)):
-            value = chain.linear(index)(value.detach() if index == 0 else value)
-            outputs.append(value.requires_grad_() if index == 0 else value)
-            value = chain.after(index, value)
-        drawn = torch.multinomial(value.detach().softmax(1), 1, generator=generator).squeeze(1)
-        loss = functional.cross_entropy(value, drawn, reduction="sum")
-        for total, gradient in zip(squares, torch.autograd.grad(loss, outputs), strict=True):
+        for index, probe in enumerate(probes):
+            value = chain.after(index, chain.linear(index)(value) + probe)
+        if not torch.isfinite(value).all():
+            raise InvalidArgument("data", "inputs on which the model answers NaN or infinity", "finite outputs")
+        gradients = torch.autograd.grad(_sampled_loss(value, loss, generator), probes)
+        for total, gradient in zip(squares, gradients, strict=True):
             total += gradient.double().square().sum(0)
     return [(total / len(inputs)).numpy() for total in squares]
 
@@ -71,7 +95,54 @@ def outputs_of(weight: torch.Tensor, bias: torch.Tensor | None, values: torch.Te
     return torch.cat([functional.linear(batch, weight, bias) for batch in values.split(BATCH)])
 
 
+def _sampled_loss(outputs: torch.Tensor, loss: str, generator: torch.Generator) -> torch.Tensor:
+    """Sum over the samples of a loss against labels drawn from the outputs; its gradient is all that counts."""
+    if loss == "squared_error":
+        return (outputs * torch.randn(outputs.shape, dtype=outputs.dtype, generator=generator)).sum()
+    drawn = torch.multinomial(outputs.detach().softmax(1), 1, generator=generator).squeeze(1)
+    return functional.cross_entropy(outputs, drawn, reduction="sum")
+
+
 def _is_pair(data: Any) -> bool:
-    """Whether (a, b) is (inputs, labels) and not two batches: labels have one dimension."""
-    arrays = all(isinstance(part, (torch.Tensor, np.ndarray)) for part in data)
-    return arrays and data[0].ndim > 1 and data[1].ndim == 1
+    """Whether data are (inputs, labels) and not batches: two arrays, of which a tuple, or of different shapes."""
+    if not _are_two_arrays(data):
+        return False
+    return isinstance(data, tuple) or data[0].shape[1:] != data[1].shape[1:]
+
+
+def _are_two_arrays(data: Any) -> bool:
+    is_sequence = isinstance(data, (tuple, list)) and len(data) == 2
+    return is_sequence and all(isinstance(part, (torch.Tensor, np.ndarray)) for part in data)
+
+
+def _concatenated(batches: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if isinstance(batches, (str, bytes, dict)) or not hasattr(batches, "__iter__"):
+        raise InvalidArgument("data", type(batches).__name__, "inputs, (inputs, labels), or batches of either")
+    pairs = [_batch(batch) for batch in batches]
+    if not pairs:
+        raise InvalidArgument("data", "no batches", "at least one")
+    inputs = [batch for batch, _ in pairs]
+    labels = [given for _, given in pairs if given is not None]
+    if labels and len(labels) < len(inputs):
+        raise InvalidArgument("data", f"labels in {len(labels)} of {len(inputs)} batches", "in all, or in none")
+    for parts in (inputs, labels):
+        shapes = {tuple(part.shape[1:]) for part in parts}
+        if len(shapes) > 1:
+            raise InvalidArgument("data", f"samples of shapes {sorted(shapes)}", "one shape in all batches")
+    return torch.cat(inputs), torch.cat(labels) if labels else None
+
+
+def _batch(batch: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """One batch, inputs or (inputs, labels), as tensors on the CPU."""
+    parts = batch if _are_two_arrays(batch) else (batch,)
+    try:
+        inputs, *rest = [torch.as_tensor(part).detach().cpu() for part in parts]
+    except (TypeError, ValueError, RuntimeError):
+        allowed = "inputs, (inputs, labels), or batches of either, as tensors or arrays of numbers"
+        raise InvalidArgument("data", f"a {type(batch).__name__} for a batch", allowed) from None
+    labels = rest[0] if rest else None
+    if inputs.ndim < 2 or (labels is not None and labels.ndim == 0):
+        raise InvalidArgument("data", f"inputs of shape {tuple(inputs.shape)}", "(samples, …)")
+    if labels is not None and len(labels) != len(inputs):
+        raise InvalidArgument("data", f"{len(labels)} labels for {len(inputs)} inputs", "a label an input")
+    return inputs, labels

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
+import zlib
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,23 +25,30 @@ class Checkpoint:
         self.directory = None if directory is None else Path(directory)
         if self.directory is None:
             return
+        if self.directory.exists() and not self.directory.is_dir():
+            raise InvalidArgument("checkpoint_dir", f"a file, {self.directory}", "a folder")
         self.directory.mkdir(parents=True, exist_ok=True)
         record = self.directory / "run.json"
-        if record.exists():
-            if json.loads(record.read_text()).get("fingerprint") != fingerprint:
-                allowed = "an empty folder, or the same model, data and arguments as before"
-                raise InvalidArgument("checkpoint_dir", f"the folder of another run, {self.directory}", allowed)
-        else:
-            _write_whole(record, json.dumps({"fingerprint": fingerprint}).encode())
+        content = json.dumps({"fingerprint": fingerprint}).encode()
+        if not record.exists():
+            _write_whole(record, content)
+        elif record.read_bytes() != content:
+            allowed = "an empty folder, or the same model, data and arguments as before"
+            raise InvalidArgument("checkpoint_dir", f"the folder of another run, {self.directory}", allowed)
 
     def read(self, key: str) -> SolvedLayer | None:
-        """The layer finished under this key, or None."""
+        """The layer finished under this key, or None. Raises InvalidArgument where its file is damaged."""
         from repurpose_opt.network.sweep import SolvedLayer
 
         if self.directory is None or not (self.directory / f"{key}.npz").exists():
             return None
-        with np.load(self.directory / f"{key}.npz", allow_pickle=False) as stored:
-            return SolvedLayer(**{field.name: stored[field.name] for field in fields(SolvedLayer)})
+        path = self.directory / f"{key}.npz"
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                return SolvedLayer(**{field.name: stored[field.name] for field in fields(SolvedLayer)})
+        except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error):
+            allowed = "whole files; delete this one and its layer is solved again"
+            raise InvalidArgument("checkpoint_dir", f"a damaged {path}", allowed) from None
 
     def write(self, key: str, layer: SolvedLayer) -> SolvedLayer:
         """Keep a finished layer, whole or not at all; returns it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ class FineTuning:
     steps         batches to train on
     batch_size    samples a batch
     learning_rate the highest of the cycle
-    distillation  share of the loss that compares with the original model's prediction instead of the label;
+    distillation  share of the loss that compares with the original model's outputs instead of the labels;
                   1 needs no labels
     """
 
@@ -31,10 +32,10 @@ class FineTuning:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InvalidArgument(name, repr(value), "a whole number ≥ 1")
-        if not self.learning_rate > 0:
-            raise InvalidArgument("learning_rate", self.learning_rate, "a number > 0")
+        if not 0 < self.learning_rate < math.inf:
+            raise InvalidArgument("learning_rate", self.learning_rate, "a finite number > 0")
         if not 0 <= self.distillation <= 1:
             raise InvalidArgument("distillation", self.distillation, "a share in [0, 1]")
 
@@ -42,28 +43,39 @@ class FineTuning:
 Batch = tuple[torch.Tensor, torch.Tensor | None]
 
 
+@torch.enable_grad()
 def fine_tune(
-    model: nn.Sequential, batches: Iterator[Batch], settings: FineTuning, teacher: nn.Module | None = None
+    model: nn.Sequential,
+    batches: Iterator[Batch],
+    settings: FineTuning,
+    teacher: nn.Module | None = None,
+    *,
+    loss: str = "cross_entropy",
+    seed: int = 0,
 ) -> None:
     """Train `model` in place on `settings.steps` batches; weights that are zero stay zero.
 
-    `teacher` is the original model, needed for distillation. The model ends in evaluation mode.
+    `teacher` is the original model, needed for distillation. `loss` is "cross_entropy" or "squared_error"; `seed` is
+    for Dropout. The model ends in evaluation mode.
     """
-    masks = [(linear.weight, linear.weight != 0) for linear in model if isinstance(linear, nn.Linear)]
+    weights = [linear.weight for linear in model if isinstance(linear, nn.Linear)]
+    masks = [(weight, weight != 0) for weight in weights if not weight.all()]
     parameters = [parameter.requires_grad_() for parameter in model.parameters()]
-    optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate)
+    optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, settings.learning_rate, total_steps=max(settings.steps, 2)
     )
     model.train()
-    for _ in range(settings.steps):
-        inputs, labels = next(batches)
-        loss = _loss(model(inputs), inputs, labels, settings.distillation, teacher)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        hold_at_zero(masks)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for _ in range(settings.steps):
+            inputs, labels = next(batches)
+            value = _loss(model(inputs), inputs, labels, settings.distillation, teacher, loss)
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+            schedule.step()
+            hold_at_zero(masks)
     model.eval().requires_grad_(False)
 
 
@@ -90,14 +102,17 @@ def _loss(
     labels: torch.Tensor | None,
     distillation: float,
     teacher: nn.Module | None,
+    loss: str,
 ) -> torch.Tensor:
-    loss = outputs.new_zeros(())
+    is_squared = loss == "squared_error"
+    compare = functional.mse_loss if is_squared else functional.cross_entropy
+    total = outputs.new_zeros(())
     if distillation < 1:
         assert labels is not None
-        loss = loss + (1 - distillation) * functional.cross_entropy(outputs, labels)
+        total = total + (1 - distillation) * compare(outputs, labels)
     if distillation > 0:
         assert teacher is not None
         with torch.no_grad():
-            target = teacher(inputs).softmax(1)
-        loss = loss + distillation * functional.cross_entropy(outputs, target)
-    return loss
+            target = teacher(inputs)
+        total = total + distillation * compare(outputs, target if is_squared else target.softmax(1))
+    return total

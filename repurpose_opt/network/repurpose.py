@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections import OrderedDict
@@ -18,7 +19,7 @@ from torch import nn
 from repurpose_opt.errors import InvalidArgument, NoSolution
 from repurpose_opt.exchange import Exchange
 from repurpose_opt.formulation import Formulation, Volume
-from repurpose_opt.network.calibrate import gather, loss_weights
+from repurpose_opt.network.calibrate import check_loss, checked_labels, gather, loss_weights
 from repurpose_opt.network.checkpoint import Checkpoint
 from repurpose_opt.network.finetune import FineTuning, batches_of, fine_tune
 from repurpose_opt.network.search import NOTHING_SENT, largest_within
@@ -42,13 +43,14 @@ def repurpose(
     worker_share: ArrayLike | None = None,
     memory_limit: float | None = None,
     link_price: ArrayLike | None = None,
+    loss: str = "cross_entropy",
     finetune: FineTuning | None = None,
     checkpoint_dir: str | Path | None = None,
     seed: int = 0,
 ) -> Plan:
     """Place, prune, repair and, if asked, fine-tune a multilayer perceptron for P workers.
 
-    model           a chain of Flatten, Linear and elementwise modules, classifying by its outputs; not changed
+    model           a chain of Flatten, Linear and elementwise modules in float32 or float64; not changed
     example_input   (1, …) one input, to check that the model runs
     data            inputs (samples, …), (inputs, labels), or batches of either: calibration, and training if
                     `finetune`; never the data that judge the result
@@ -57,28 +59,36 @@ def repurpose(
     formulation     default Volume(budget=0.1). `budget` and `budget_bytes` are the whole network's, `transfer_price`
                     every layer's, `max_nmse` the output's
     worker_share    (P,) relative capacity; default equal
-    memory_limit    bytes that a worker's weights may take
+    memory_limit    bytes that a worker's weights may take; a plan that needs more is refused
+    link_price      (P, P) or a number: price of a byte from worker p (row) to worker k; default 1
+    loss            what the model was trained for. "cross_entropy": labels are classes (samples,), outputs are their
+                    logits. "squared_error": labels are numbers (samples, outputs), for regression
     finetune        None for none
     checkpoint_dir  folder for finished layers; a run that was interrupted goes on from there
 
-    Errors of all layers are weighted by the loss, so that one price serves them all. Raises InvalidArgument,
-    UnsupportedModule, NoSolution.
+    Errors of all layers are weighted by the loss, so that one price serves them all. The plan computes in the model's
+    dtype; its linear layers all have a bias, which repairs means, also where the model's have none.
+
+    Raises InvalidArgument, UnsupportedModule, NoSolution.
     """
     chain = trace(model, example_input)
-    inputs, labels = gather(data)
+    check_loss(loss, chain)
+    inputs, labels = _checked_data(data, example_input, chain, loss)
     formulation = Volume(budget=0.1) if formulation is None else formulation
     if finetune is not None and finetune.distillation < 1 and labels is None:
         raise InvalidArgument("finetune", "a loss on labels, but data has none", "(inputs, labels), or distillation=1")
-    with torch.no_grad():
-        first_inputs = chain.before_first(inputs.to(chain.linear(0).weight.dtype))
+    if memory_limit is not None and not memory_limit > 0:
+        raise InvalidArgument("memory_limit", memory_limit, "bytes > 0")
     placement = _placement(chain, n_workers, input_owner, output_owner, worker_share, link_price)
-    fingerprint = _fingerprint(chain, first_inputs, placement, formulation, partitioner, pruner, seed)
+    with torch.no_grad():
+        first_inputs = chain.before_first(inputs)
+    fingerprint = _fingerprint(chain, first_inputs, placement, formulation, partitioner, pruner, loss, seed)
     with _progress() as report:
         report("weighing errors by the loss")
         sweep = Sweep(
             chain=chain,
             inputs=first_inputs,
-            loss_weights=loss_weights(chain, inputs.to(first_inputs.dtype), seed),
+            loss_weights=loss_weights(chain, inputs, seed, loss),
             placement=placement,
             partitioner=partitioner,
             pruner=pruner,
@@ -88,11 +98,11 @@ def repurpose(
         )
         trial = best_trial(sweep, formulation)
         plan = plan_of(chain, trial, placement, {"seed": seed, "trials": curve(sweep.trials)})
+        _check_memory(plan, memory_limit)
         if finetune is not None:
             report("fine-tuning")
-            batches = batches_of(inputs.to(first_inputs.dtype), labels, finetune.batch_size, seed)
-            fine_tune(plan.model, batches, finetune, teacher=chain.model)
-    _check_memory(plan, memory_limit)
+            batches = batches_of(inputs, labels, finetune.batch_size, seed)
+            fine_tune(plan.model, batches, finetune, teacher=chain.model, loss=loss, seed=seed)
     return plan
 
 
@@ -109,25 +119,24 @@ def best_trial(sweep: Sweep, formulation: Formulation) -> Trial:
 
     first = _first_price(sweep)
     if formulation.max_nmse is not None:
-        most = formulation.max_nmse
-        trial = largest_within(at_price, lambda trial: trial.output_nmse / max(most, 1e-12), first, +1)
-        if trial.output_nmse > most:
-            raise NoSolution(f"max_nmse {most:g} cannot be met: sending all that helps reaches {trial.output_nmse:.4g}")
-        return trial
+        return _least_volume(sweep, at_price, first, formulation.max_nmse)
     if formulation.budget == 0 or formulation.budget_bytes == 0:
         return at_price(NOTHING_SENT)
-    if formulation.budget == 1:
+    if formulation.budget == 1 or (formulation.budget_bytes or 0) >= sweep.most_volume:
         return at_price(0.0)
     return largest_within(at_price, lambda trial: _used(trial, formulation), first, -1)
 
 
 def plan_of(chain: Chain, trial: Trial, placement: Placement, stats: dict[str, Any]) -> Plan:
     """The plan that a trial amounts to: a copy of the model with its weights, owners and exchanges."""
-    modules = OrderedDict((str(i), module) for i, module in enumerate(chain.model))
+    # Copies, since fine-tuning switches their mode while the chain is the teacher.
+    modules = OrderedDict((str(i), copy.deepcopy(module)) for i, module in enumerate(chain.model))
     planned = []
     input_owner = placement.input_owner
     for position, solved in zip(chain.linears, trial.layers, strict=True):
-        modules[str(position)] = linear = nn.Linear(solved.weight.shape[1], solved.weight.shape[0])
+        m, n = solved.weight.shape
+        # Without initialisation, which would draw from the caller's random numbers.
+        modules[str(position)] = linear = nn.utils.skip_init(nn.Linear, n, m, dtype=chain.dtype)
         with torch.no_grad():
             linear.weight.copy_(torch.from_numpy(solved.weight))
             linear.bias.copy_(torch.from_numpy(solved.bias))
@@ -159,7 +168,7 @@ def _first_price(sweep: Sweep) -> float:
             linear = sweep.chain.linear(index)
             total += linear.in_features * linear.weight.element_size()
             outputs = linear(values[:4096])
-            energy += float(outputs.double().var(0).numpy() @ weights)
+            energy += float(outputs.double().var(0, correction=0).numpy() @ weights)
             values = sweep.chain.after(index, outputs)
     return max(0.1 * energy / total, 1e-30)
 
@@ -175,6 +184,37 @@ def _used(trial: Trial, formulation: Volume) -> float:
     return trial.volume / allowed
 
 
+def _least_volume(sweep: Sweep, at_price: Callable[[float], Trial], first: float, max_nmse: float) -> Trial:
+    """The trial of least volume whose output NMSE is at most `max_nmse`. Raises NoSolution."""
+
+    def used(trial: Trial) -> float:
+        if trial.volume == 0 and trial.output_nmse <= max_nmse:
+            return 1.0  # nothing is left to save
+        return trial.output_nmse / max(max_nmse, 1e-12)
+
+    largest_within(at_price, used, first, +1)
+    good = [trial for trial in sweep.trials if trial.output_nmse <= max_nmse]
+    if not good:
+        least = min(trial.output_nmse for trial in sweep.trials)
+        raise NoSolution(f"max_nmse {max_nmse:g} cannot be met: the least that was reached is {least:.4g}")
+    return min(good, key=lambda trial: trial.volume)
+
+
+def _checked_data(
+    data: Any, example_input: torch.Tensor, chain: Chain, loss: str
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Inputs in the model's dtype, and labels as the loss takes them."""
+    inputs, labels = gather(data)
+    if inputs.shape[1:] != example_input.shape[1:]:
+        got, allowed = tuple(inputs.shape[1:]), tuple(example_input.shape[1:])
+        raise InvalidArgument("data", f"inputs of shape {got}", f"the example_input's, {allowed}")
+    if labels is not None:
+        labels = checked_labels(labels, loss, chain.linear(-1).out_features)
+        if loss == "squared_error":
+            labels = labels.to(chain.dtype)
+    return inputs.to(chain.dtype), labels
+
+
 def _placement(
     chain: Chain,
     n_workers: int,
@@ -183,44 +223,57 @@ def _placement(
     worker_share: ArrayLike | None,
     link_price: ArrayLike | None,
 ) -> Placement:
-    if isinstance(n_workers, bool) or not isinstance(n_workers, int) or n_workers < 1:
+    if isinstance(n_workers, bool) or not isinstance(n_workers, (int, np.integer)) or n_workers < 1:
         raise InvalidArgument("n_workers", repr(n_workers), "a whole number ≥ 1")
-    n = chain.linear(0).in_features
-    owner = np.asarray(np.arange(n) * n_workers // n if input_owner is None else input_owner)
-    if owner.shape != (n,) or owner.dtype.kind not in "iu" or owner.min() < 0 or owner.max() >= n_workers:
-        got = f"{owner.dtype} of shape {owner.shape}, {owner.min()} … {owner.max()}" if owner.size else "nothing"
-        raise InvalidArgument("input_owner", got, f"({n},) whole numbers in 0 … {n_workers - 1}")
-    outputs = tuple(sorted({output_owner} if isinstance(output_owner, int) else set(output_owner)))
-    if not outputs or min(outputs) < 0 or max(outputs) >= n_workers:
-        raise InvalidArgument("output_owner", output_owner, f"workers in 0 … {n_workers - 1}")
-    share = np.ones(n_workers) if worker_share is None else np.asarray(worker_share, dtype=np.float64)
-    if (
-        share.shape != (n_workers,)
-        or not np.isfinite(share).all()
-        or (share < 0).any()
-        or share[list(outputs)].sum() == 0
-    ):
-        allowed = f"({n_workers},) numbers ≥ 0, above 0 for an output_owner"
-        raise InvalidArgument("worker_share", np.array2string(share), allowed)
+    P, n = int(n_workers), chain.linear(0).in_features
+    owner = np.arange(n) * P // n if input_owner is None else _workers("input_owner", input_owner, P)
+    if owner.shape != (n,):
+        raise InvalidArgument("input_owner", f"shape {owner.shape}", f"({n},), one worker an input")
+    outputs = tuple(np.unique(_workers("output_owner", output_owner, P)).tolist())
+    share = _shares(worker_share, P, outputs)
     prices = None if link_price is None else np.asarray(link_price, dtype=np.float64)
-    return Placement(n_workers, owner.astype(np.int64), outputs, share / share.sum(), prices)
+    return Placement(P, owner, outputs, share, prices)
+
+
+def _workers(name: str, value: ArrayLike, n_workers: int) -> NDArray[np.int64]:
+    """At least one worker, each in 0 … P−1."""
+    workers = np.asarray(value)
+    allowed = f"whole numbers in 0 … {n_workers - 1}"
+    if workers.size == 0 or workers.dtype.kind not in "iu":
+        raise InvalidArgument(name, f"{workers.dtype} of shape {workers.shape}", allowed)
+    outside = workers[(workers < 0) | (workers >= n_workers)]
+    if len(outside):
+        raise InvalidArgument(name, f"worker {outside[0]}", allowed)
+    return workers.astype(np.int64)
+
+
+def _shares(value: ArrayLike | None, n_workers: int, outputs: tuple[int, ...]) -> NDArray[np.float64]:
+    """(P,) relative capacities that sum to 1, some of it where the outputs go."""
+    share = np.ones(n_workers) if value is None else np.asarray(value, dtype=np.float64)
+    if share.shape != (n_workers,):
+        raise InvalidArgument("worker_share", f"shape {share.shape}", f"({n_workers},)")
+    if not (np.isfinite(share).all() and (share >= 0).all()):
+        raise InvalidArgument("worker_share", share.tolist(), "finite numbers ≥ 0")
+    if share[list(outputs)].sum() == 0:
+        raise InvalidArgument("worker_share", f"0 for output_owner {list(outputs)}", "above 0 for one of them")
+    return share / share.sum()
 
 
 def _check_memory(plan: Plan, memory_limit: float | None) -> None:
     if memory_limit is None:
         return
     for worker in range(plan.n_workers):
-        used = sum(
-            part.weight.nbytes + (0 if part.bias is None else part.bias.nbytes) for part in plan.sub_model(worker)
+        parts = plan.sub_model(worker)
+        used = sum(part.weight.nbytes for part in parts) + sum(
+            part.bias.nbytes for part in parts if part.bias is not None
         )
         if used > memory_limit:
-            raise InvalidArgument(
-                "memory_limit", f"{memory_limit:g} bytes", f"at least {used}, which worker {worker} needs"
-            )
+            allowed = f"at least {used}, which worker {worker} needs"
+            raise InvalidArgument("memory_limit", f"{memory_limit:g} bytes", allowed)
 
 
 def _fingerprint(chain: Chain, inputs: torch.Tensor, placement: Placement, *settings: Any) -> str:
-    digest = hashlib.sha256(repr((placement.n_workers, placement.output_owner, settings)).encode())
+    digest = hashlib.sha256(repr((chain.model, placement.n_workers, placement.output_owner, settings)).encode())
     arrays: list[NDArray[Any]] = [tensor.numpy() for tensor in chain.model.state_dict().values()]
     arrays += [inputs.numpy(), placement.input_owner, placement.share]
     if placement.link_price is not None:

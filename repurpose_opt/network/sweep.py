@@ -25,12 +25,12 @@ from repurpose_opt.solver import SolveOptions
 
 @dataclass(frozen=True, eq=False)
 class SolvedLayer:
-    """One layer of a sweep: owners (m,), transfers (n, P), weights V (m, n) and bias (m,)."""
+    """One layer of a sweep: owners (m,), transfers (n, P), weights V (m, n) and bias (m,) in the model's dtype."""
 
     owner: NDArray[np.int64]
     transfers: NDArray[np.bool_]
-    weight: NDArray[np.float32]
-    bias: NDArray[np.float32]
+    weight: NDArray[np.floating]
+    bias: NDArray[np.floating]
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +94,17 @@ class Sweep:
         self.report("calibrating")
         return Moments.from_samples(self.inputs.numpy())
 
+    @property
+    def most_volume(self) -> int:
+        """Bytes a sample that no trial can exceed: every value goes to every worker that may need it."""
+        others = [self.placement.n_workers - 1] * len(self.chain.linears)
+        others[-1] = min(others[-1], len(self.placement.output_owner))
+        linears = [self.chain.linear(index) for index in range(len(others))]
+        return sum(
+            linear.in_features * linear.weight.element_size() * count
+            for linear, count in zip(linears, others, strict=True)
+        )
+
     @torch.no_grad()
     def run(self, formulation: Formulation) -> Trial:
         """Sweep once with the same formulation for every layer. Raises NoSolution."""
@@ -115,9 +126,9 @@ class Sweep:
             self.owners[index] = input_owner = solved.owner
             original = outputs_of(linear.weight, linear.bias, original)
             received = outputs_of(torch.from_numpy(solved.weight), torch.from_numpy(solved.bias), received)
-            last = (original, received)
             original, received = self.chain.after(index, original), self.chain.after(index, received)
-        nmse = float((last[0] - last[1]).double().square().sum() / last[0].double().square().sum())
+        error = float((original - received).double().square().sum())
+        nmse = error / max(float(original.double().square().sum()), np.finfo(float).tiny)
         trial = Trial(formulation, tuple(layers), volume, direct, nmse)
         self.trials.append(trial)
         return trial
@@ -130,10 +141,8 @@ class Sweep:
         received: torch.Tensor,
         input_owner: NDArray[np.int64],
     ) -> LayerProblem:
-        if index == 0:
-            moments = self.first_moments
-        else:
-            moments = Moments.from_samples(received.numpy(), original.numpy())
+        is_first = index == 0
+        moments = self.first_moments if is_first else Moments.from_samples(received.numpy(), original.numpy())
         is_last = index + 1 == len(self.chain.linears)
         return LayerProblem.create(
             linear.weight,
@@ -156,10 +165,11 @@ class Sweep:
             start=self.owners.get(index),
         ).require()
         assert solution.owner is not None
+        assert solution.weight is not None
         assert solution.bias is not None
         return SolvedLayer(
             solution.owner,
             solution.transfers,
-            np.asarray(solution.weight, dtype=np.float32),
-            solution.bias.astype(np.float32),
+            solution.weight,
+            solution.bias.astype(problem.weight.dtype),
         )

@@ -78,6 +78,10 @@ class Plan:
         """(P,) multiply-accumulates a sample: rows held times columns had, over all layers."""
         return np.sum([layer.worker_macs() for layer in self.layers], axis=0)
 
+    def linear(self, layer: PlannedLayer) -> nn.Linear:
+        """The module of a layer."""
+        return _linear(self.model, layer)
+
     def sub_model(self, worker: int) -> tuple[SubLayer, ...]:
         """What one worker computes, layer by layer; copies of the weights."""
         if not 0 <= worker < self.n_workers:

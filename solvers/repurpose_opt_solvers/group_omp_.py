@@ -9,10 +9,12 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cholesky, solve_triangular
+from scipy.linalg.blas import dger
 
 from repurpose_opt.formulation import Formulation, Volume
 from repurpose_opt.metrics import kept_columns
@@ -50,7 +52,7 @@ def _pursue(
     cost: NDArray[Any] = problem.transfer_price if left is None else problem.transfer_bytes
     row_owner = owner[problem.row_neuron]
     workers = {
-        k: _WorkerPursuit(problem, k, np.flatnonzero(row_owner == k), cost[:, k])
+        k: _WorkerPursuit(formulation.judged(problem), k, np.flatnonzero(row_owner == k), cost[:, k])
         for k in range(problem.P)
         if (row_owner == k).any()
     }
@@ -79,9 +81,7 @@ class _WorkerPursuit:
         self.second = problem.moments.regularised
         self.cost = cost
         self.candidate = problem.input_owner != worker
-        local = kept_columns(problem, np.zeros((problem.n, problem.P), dtype=bool), worker)
-        factor = cholesky(self.second[np.ix_(local, local)], lower=True)
-        self.local_half = solve_triangular(factor, self.second[local], lower=True)
+        local, factor, self.local_half = _local(problem, worker)
         given = problem.predicted_moment[rows] * np.sqrt(problem.output_weight[rows])[:, None]
         explained = solve_triangular(factor, given[:, local].T, lower=True)
         self.residual = given - explained.T @ self.local_half
@@ -102,9 +102,14 @@ class _WorkerPursuit:
         columns = self.columns_of[value]
         taken = self.steps[: self.taken]
         moment = self._local_schur(value) - taken[:, columns].T @ taken
-        factor = cholesky(moment[:, columns], lower=True)
-        step = _solve_lower(factor, moment)
-        self.residual -= _solve_lower(factor, self.residual[:, columns].T).T @ step
+        if len(columns) == 1:  # the usual case, where calls of LAPACK cost more than what they compute
+            step = moment / np.sqrt(moment[:, columns])
+            onto = self.residual[:, columns[0]] / step[0, columns[0]]
+            self.residual = dger(-1.0, step[0], onto, a=self.residual.T, overwrite_a=True).T
+        else:
+            factor = cholesky(moment[:, columns], lower=True)
+            step = solve_triangular(factor, moment, lower=True)
+            self.residual -= solve_triangular(factor, self.residual[:, columns].T, lower=True).T @ step
         for size in self.sizes:
             size.downdate(step)
         self._remember(step)
@@ -117,7 +122,7 @@ class _WorkerPursuit:
     def _rates(self) -> NDArray[np.float64]:
         gain = np.empty(len(self.cost))
         for size in self.sizes:
-            gain[size.values] = size.gains(self.residual)
+            gain[size.values] = size.gains(self.residual, self.candidate[size.values])
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.where(self.candidate & (gain > 0), gain / self.cost, 0.0)
 
@@ -154,19 +159,30 @@ class _Blocks:
         parts = step[:, self.columns]
         self.moment -= np.einsum("svb,svd->vbd", parts, parts, optimize=True)
 
-    def gains(self, residual: NDArray[np.float64]) -> NDArray[np.float64]:
-        """(values,) tr(R_b M_bb⁻¹ R_bᵀ)."""
+    def gains(self, residual: NDArray[np.float64], candidate: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """(values,) tr(R_b M_bb⁻¹ R_bᵀ), 0 where M_bb is singular because the worker has the value already."""
         if self.columns.shape[1] == 1:
             norms = np.einsum("rc,rc->c", residual, residual)[self.columns[:, 0]]
-            return norms / np.maximum(self.moment[:, 0, 0], np.finfo(float).tiny)
-        parts = residual[:, self.columns].transpose(1, 2, 0)
-        return np.einsum("vbr,vbr->v", parts, np.linalg.solve(self.moment, parts))
+            return np.where(candidate, norms / np.where(candidate, self.moment[:, 0, 0], 1.0), 0.0)
+        gain = np.zeros(len(self.values))
+        parts = residual[:, self.columns[candidate]].transpose(1, 2, 0)
+        gain[candidate] = np.einsum("vbr,vbr->v", parts, np.linalg.solve(self.moment[candidate], parts))
+        return gain
 
 
-def _solve_lower(factor: NDArray[np.float64], right: NDArray[np.float64]) -> NDArray[np.float64]:
-    if len(factor) == 1:  # the usual case, where LAPACK's call costs more than the division
-        return right / factor
-    return np.asarray(solve_triangular(factor, right, lower=True))
+_Local = tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]
+_locals: WeakKeyDictionary[LayerProblem, dict[int, _Local]] = WeakKeyDictionary()
+
+
+def _local(problem: LayerProblem, worker: int) -> _Local:
+    """A worker's own columns S, the factor L of C_SS and L⁻¹ C[S,:]; kept as long as the problem, for all owners."""
+    kept = _locals.setdefault(problem, {})
+    if worker not in kept:
+        second = problem.moments.regularised
+        columns = kept_columns(problem, np.zeros((problem.n, problem.P), dtype=bool), worker)
+        factor = cholesky(second[np.ix_(columns, columns)], lower=True)
+        kept[worker] = columns, factor, solve_triangular(factor, second[columns], lower=True)
+    return kept[worker]
 
 
 def _columns_by_size(problem: LayerProblem) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:

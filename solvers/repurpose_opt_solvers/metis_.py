@@ -7,6 +7,8 @@ second is honoured by the repair.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
@@ -54,7 +56,7 @@ class Metis:
         return nearest_placement(problem, owner, formulation.assignment_cost(problem, owner, pruned.exchange))
 
 
-def graph(problem: LayerProblem, formulation: Formulation) -> dict[str, NDArray[np.int64] | list[float]]:
+def graph(problem: LayerProblem, formulation: Formulation) -> dict[str, Any]:
     """The graph in METIS's terms: neurons 0 … m−1, then inputs, then terminals, with integer weights."""
     m, n, P = problem.m, problem.n, problem.P
     ties = connection(problem, formulation).tocoo()
@@ -105,13 +107,22 @@ def connection(problem: LayerProblem, formulation: Formulation) -> sparse.csr_ar
     return by_neuron
 
 
-def partition(data: dict[str, NDArray[np.int64] | list[float]], seed: int) -> NDArray[np.int64]:
+def partition(data: dict[str, Any], seed: int) -> NDArray[np.int64]:
     """The part of each vertex. Recursive bisection up to 8 parts, k-way above, as METIS advises."""
     import pymetis
 
     parts = len(data["tpwgts"])
     options = pymetis.Options(seed=seed, ufactor=1 if parts <= 8 else 10)
-    _, part = pymetis.part_graph(parts, **data, options=options, recursive=parts <= 8)
+    adjacency = pymetis.CSRAdjacency(data["xadj"], data["adjncy"])
+    _, part = pymetis.part_graph(
+        parts,
+        adjacency,
+        eweights=data["eweights"],
+        vweights=data["vweights"],
+        tpwgts=data["tpwgts"],
+        options=options,
+        recursive=parts <= 8,
+    )
     return np.asarray(part, dtype=np.int64)
 
 

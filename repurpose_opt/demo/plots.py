@@ -1,0 +1,104 @@
+"""The pictures of the demo's report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from numpy.typing import NDArray
+
+from repurpose_opt.demo.rows import Outcome, Row
+from repurpose_opt.network.trace import Chain
+from repurpose_opt.runtime.plan import Plan
+
+mpl.use("Agg")
+_INK, _ACCENT, _GREY = "#222222", "#b3341f", "#8a8a8a"
+
+
+def draw_matrices(plan: Plan, dense: Chain, path: Path) -> None:
+    """Weights before (as they stand) and after (rows and columns in the order of their workers)."""
+    count = len(plan.layers)
+    figure, axes = plt.subplots(2, count, figsize=(3.2 * count, 6), constrained_layout=True)
+    for index, layer in enumerate(plan.layers):
+        before = dense.linear(index).weight.detach().abs().numpy()
+        after = plan.linear(layer).weight.abs().numpy()
+        rows, columns = np.argsort(layer.owner, kind="stable"), np.argsort(layer.input_owner, kind="stable")
+        bright = np.quantile(before, 0.995)
+        for axis, matrix in zip(axes[:, index], (before, after[rows][:, columns]), strict=True):
+            image = _block_maxima(matrix, 256)
+            axis.imshow(image, aspect="auto", cmap="Greys", vmin=0, vmax=bright, interpolation="nearest")
+            axis.set_xticks([])
+            axis.set_yticks([])
+        _draw_borders(axes[1, index], layer.owner, layer.input_owner, after.shape)
+        axes[0, index].set_title(f"layer {index + 1}: {before.shape[1]} → {before.shape[0]}")
+    axes[0, 0].set_ylabel("dense, as it stands")
+    axes[1, 0].set_ylabel("ours, by worker")
+    figure.suptitle("Absolute weights; each column of blocks is a worker's inputs, each row its neurons")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_curve(rows: dict[str, Row], curves: list[list[tuple[float, float]]], path: Path) -> None:
+    """Accuracy against the fraction of the direct volume."""
+    figure, axis = plt.subplots(figsize=(7.5, 4.8), constrained_layout=True)
+    for number, curve in enumerate(curves):
+        x, y = np.array([point for point in curve if point[0] > 0]).T
+        label = "ours, before fine-tuning" if number == 0 else None
+        axis.plot(100 * x, 100 * y, "o-", color=_ACCENT, alpha=0.8, markersize=4, label=label)
+    for name in ("central", "direct", "partial_sums", "sparse", "late_fusion", "ours"):
+        row = rows[name]
+        x = 100 * row.cost.volume_fraction
+        axis.plot([x], [100 * row.accuracy], "s", color=_ACCENT if name == "ours" else _INK, markersize=6)
+        axis.annotate(
+            f"{name}, fine-tuned", (x, 100 * row.accuracy), xytext=(5, -12), textcoords="offset points", fontsize=8
+        )
+    axis.axhline(
+        100 * rows["dense"].accuracy_before_finetuning, color=_GREY, linewidth=1, linestyle="--", label="dense"
+    )
+    axis.set_xscale("log")
+    axis.set_xlabel("values sent a sample, % of direct")
+    axis.set_ylabel("accuracy on held-out groups, %")
+    axis.set_ylim(bottom=max(axis.get_ylim()[0], 85))
+    axis.grid(alpha=0.25)
+    axis.legend(loc="lower right")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_traffic(outcome: Outcome, path: Path) -> None:
+    """Values a sample between each pair of workers, layer by layer."""
+    layers = outcome.plan.layers
+    most = max(1, max(int(layer.traffic().max()) // layer.value_bytes for layer in layers))
+    figure, axes = plt.subplots(1, len(layers), figsize=(3 * len(layers), 3.4), constrained_layout=True)
+    for index, (axis, layer) in enumerate(zip(axes, layers, strict=True)):
+        values = layer.traffic() // layer.value_bytes
+        axis.imshow(values, cmap="Reds", vmin=0, vmax=most)
+        for source, target in np.argwhere(values):
+            ink = "white" if values[source, target] > most / 2 else _INK
+            axis.text(target, source, int(values[source, target]), ha="center", va="center", fontsize=8, color=ink)
+        axis.set_title(f"before layer {index + 1}: {int(values.sum())} values", fontsize=10)
+        axis.set_xlabel("to worker")
+        axis.set_xticks(range(len(values)))
+        axis.set_yticks(range(len(values)))
+    axes[0].set_ylabel("from worker")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _block_maxima(matrix: NDArray[np.floating], most: int) -> NDArray[np.floating]:
+    """The matrix at no more than `most` pixels a side; a block is as dark as its largest weight."""
+    for axis in (0, 1):
+        edges = np.unique(np.linspace(0, matrix.shape[axis], min(most, matrix.shape[axis]) + 1).astype(int)[:-1])
+        matrix = np.maximum.reduceat(matrix, edges, axis=axis)
+    return matrix
+
+
+def _draw_borders(axis: Axes, owner: NDArray[np.int64], input_owner: NDArray[np.int64], shape: tuple[int, ...]) -> None:
+    height, width = (min(side, 256) for side in shape)
+    for border in np.cumsum(np.bincount(owner))[:-1]:
+        axis.axhline(border / shape[0] * height - 0.5, color=_ACCENT, linewidth=0.5)
+    for border in np.cumsum(np.bincount(input_owner))[:-1]:
+        axis.axvline(border / shape[1] * width - 0.5, color=_ACCENT, linewidth=0.5)
