@@ -137,6 +137,8 @@ def _add_demo(verbs: Any) -> None:
 
 
 def _demo(args: argparse.Namespace) -> int:
+    # Before PyTorch loads: threads that spin while they wait make small steps several times slower on a busy machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         from repurpose_opt.demo.run import run_demo
     except ModuleNotFoundError as error:

@@ -240,7 +240,7 @@ class Volume(Formulation):
             return (f"volume {metrics.volume(problem, exchange)} bytes is above the budget, {allowed:g}",)
         if self.max_nmse is not None:
             reached = _nmse_after(problem, owner, weight)
-            if reached > self.max_nmse * (1 + 1e-6) + 1e-10:
+            if not self._meets(reached):
                 return (f"NMSE {reached:.4g} is above max_nmse, {self.max_nmse:g}",)
         return ()
 
@@ -253,6 +253,9 @@ class Volume(Formulation):
         if self.max_nmse is not None and problem.moments.ridge > 0:
             return False  # energies have the ridge in them, the NMSE does not
         return len(np.unique(cost[problem.remote])) <= 1
+
+    def _meets(self, nmse: float) -> bool:
+        return self.max_nmse is None or nmse <= self.max_nmse + 1e-10
 
     def _take_until(
         self, problem: LayerProblem, owner: NDArray[np.int64], ranked: Iterator[tuple[int, int, float]]
@@ -268,7 +271,7 @@ class Volume(Formulation):
 
         def reaches(count: int) -> bool:
             weight = refit(problem, owner, exchange_of(count).transfers)
-            return _nmse_after(problem, owner, weight) <= (self.max_nmse or 0.0)
+            return self._meets(_nmse_after(problem, owner, weight))
 
         low, step = -1, 1
         while not reaches(len(pairs)):
@@ -413,5 +416,5 @@ def _sparse_capped_energy(problem: LayerProblem, price: NDArray[np.float64]) -> 
 
 
 def _check_price(name: str, value: float) -> None:
-    if not np.isfinite(value) or value < 0:
-        raise InvalidArgument(name, f"{value:g}", "a finite number ≥ 0")
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not 0 <= value < np.inf:
+        raise InvalidArgument(name, repr(value), "a finite number ≥ 0")

@@ -77,7 +77,7 @@ def nmse(problem: LayerProblem, owner: NDArray[np.int64], weight: Weight, bias: 
 
 def violations(problem: LayerProblem, owner: NDArray[np.int64], exchange: Exchange, weight: Weight) -> tuple[str, ...]:
     """What is wrong with a solution, one line each; empty for a valid one."""
-    found = placement_violations(problem, owner)
+    found = placement_violations(problem, owner) + exchange_violations(problem, exchange)
     if found:
         return found
     outside = weights_outside(problem, owner, exchange, weight)
@@ -102,6 +102,22 @@ def placement_violations(problem: LayerProblem, owner: NDArray[np.int64]) -> tup
         i = int(np.flatnonzero(forbidden)[0])
         found.append(f"neuron {i} is on worker {owner[i]}, which is not allowed")
     return tuple(found)
+
+
+def exchange_violations(problem: LayerProblem, exchange: Exchange) -> tuple[str, ...]:
+    """What is wrong with the messages: their shape, who sends and what."""
+    if (exchange.n, exchange.P) != (problem.n, problem.P):
+        return (f"exchange of {exchange.n} values on {exchange.P} workers, not {problem.n} on {problem.P}",)
+    for (source, target), message in exchange.messages.items():
+        if not (0 <= source < problem.P and 0 <= target < problem.P and source != target):
+            return (f"message from worker {source} to {target}",)
+        values = message.values
+        inside = (values >= 0) & (values < problem.n)
+        if not inside.all() or (problem.input_owner[values] != source).any():
+            return (f"worker {source} sends values that it does not hold",)
+        if len(np.unique(values)) < len(values):
+            return (f"worker {source} sends a value to worker {target} twice",)
+    return ()
 
 
 def weights_outside(problem: LayerProblem, owner: NDArray[np.int64], exchange: Exchange, weight: Weight) -> int:

@@ -91,6 +91,7 @@ class Moments:
         columns = len(second)
         mean = np.zeros(columns) if input_mean is None else _finite("input_mean", input_mean, (columns,))
         centred = second - _outer(mean, mean, second.ndim)
+        _check_semidefinite("second_moment or input_mean", centred)
         if cross_moment is None:
             for name, given in (("target_moment", target_moment), ("target_mean", target_mean)):
                 if given is not None:
@@ -103,6 +104,7 @@ class Moments:
         target = _finite("target_moment", target_moment, second.shape)
         _check_symmetric_nonnegative("target_moment", target)
         target = target - _outer(original, original, second.ndim)
+        _check_semidefinite("target_moment or target_mean", target)
         return with_default_ridge(centred, cross, target, mean, original)
 
 
@@ -155,6 +157,20 @@ def _check_symmetric_nonnegative(name: str, matrix: NDArray[np.float64]) -> None
         raise InvalidArgument(name, f"{diagonal.min():.3g} on its diagonal", "non-negative second moments")
     if matrix.ndim == 2 and not np.allclose(matrix, matrix.T, rtol=1e-5, atol=1e-8 * max(diagonal.max(), 1e-300)):
         raise InvalidArgument(name, "an unsymmetric matrix", "a symmetric one")
+
+
+def _check_semidefinite(name: str, centred: NDArray[np.float64]) -> None:
+    """Up to rounding: with the ridge it must have a Cholesky factor."""
+    variance = centred if centred.ndim == 1 else np.diagonal(centred)
+    slack = max(RELATIVE_RIDGE * float(variance.mean()), 1e-12)
+    try:
+        wrong = variance.min() < -slack
+        if not wrong and centred.ndim == 2:
+            np.linalg.cholesky(with_ridge(centred, slack))
+    except np.linalg.LinAlgError:
+        wrong = True
+    if wrong:
+        raise InvalidArgument(name, "no covariance once centred", "E[xxᵀ] ≽ E[x]E[x]ᵀ of the same samples")
 
 
 def _outer(left: NDArray[np.float64], right: NDArray[np.float64], dimensions: int) -> NDArray[np.float64]:

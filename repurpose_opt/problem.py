@@ -136,7 +136,8 @@ class LayerProblem:
         if moments.is_diagonal:
             scale = (moments.cross + moments.ridge) / moments.variance
             return self.weight.multiply(scale).tocsr() if self.is_sparse else self.weight * scale
-        return np.linalg.solve(moments.regularised, self.predicted_moment.T).T
+        target = np.linalg.solve(moments.regularised, self.predicted_moment.T).T
+        return type(self.weight)(target) if self.is_sparse else target
 
     @cached_property
     def predicted_moment(self) -> NDArray[np.float64]:
@@ -193,7 +194,10 @@ class LayerProblem:
         loads = _numbers("load", load, (m,), default=1.0)
         if (loads <= 0).any():
             raise InvalidArgument("load", f"{loads.min():g}", "positive loads")
-        capacities = _numbers("capacity", capacity, (P,), default=float(np.ceil(loads.sum() / P)), infinite=True)
+        share = float(np.ceil(loads.sum() / P))
+        if (loads == loads[0]).all():
+            share = float(np.ceil(m / P) * loads[0])  # room for whole neurons
+        capacities = _numbers("capacity", capacity, (P,), default=share, infinite=True)
         prices = _numbers("link_price", link_price, (P, P), default=1.0).copy()
         np.fill_diagonal(prices, 0.0)
         sizes = _integers("value_bytes", itemsize if value_bytes is None else value_bytes, (n,))
@@ -238,7 +242,7 @@ def _times(weight: Weight, matrix: NDArray[np.float64]) -> NDArray[np.float64]:
 def _whole(ratio: NDArray[np.float64], rounding: Any) -> NDArray[np.int64]:
     # 0.3 / 0.1 is 2.999…: a ratio within rounding of a whole number is that number.
     nearest = np.round(ratio)
-    exact = np.where(np.abs(ratio - nearest) < 1e-9, nearest, rounding(ratio))
+    exact = np.where(np.isclose(ratio, nearest, rtol=0, atol=1e-9), nearest, rounding(ratio))
     return np.minimum(exact, 2**31).astype(np.int64)
 
 
@@ -255,7 +259,7 @@ def _weight(weight: Any) -> tuple[Weight, int, NDArray[np.int64] | None]:
         itemsize = tensor.element_size()
         weight = (tensor.float() if itemsize < 4 else tensor).numpy()
     else:
-        weight = weight if sparse.issparse(weight) else np.asarray(weight)
+        weight = sparse.csr_array(weight) if sparse.issparse(weight) else _array("weight", weight)
         itemsize = weight.dtype.itemsize
     if weight.dtype.kind not in "fiub":
         raise InvalidArgument("weight", f"dtype {weight.dtype}", "real numbers")
@@ -266,7 +270,8 @@ def _weight(weight: Any) -> tuple[Weight, int, NDArray[np.int64] | None]:
         raise InvalidArgument("weight", f"shape {weight.shape}", "(rows, columns) or (m, n, kh, kw), none of them 0")
     precision = np.float32 if weight.dtype in (np.float32, np.float16) else np.float64
     if sparse.issparse(weight):
-        matrix = sparse.csr_array(weight, dtype=precision)
+        matrix = sparse.csr_array(weight, dtype=precision, copy=True)
+        matrix.sum_duplicates()
         matrix.eliminate_zeros()
         return matrix, itemsize, None
     unfolded = None
@@ -280,13 +285,20 @@ def _members(name: str, value: ArrayLike | None, length: int) -> NDArray[np.int6
     if value is None:
         return np.arange(length)
     members = _integers(name, value, (length,))
-    if (np.unique(members) != np.arange(members.max() + 1)).any() if members.min() >= 0 else True:
+    if not np.array_equal(np.unique(members), np.arange(members.max() + 1)):
         raise InvalidArgument(name, f"{members.min()} … {members.max()} with gaps", "every number from 0 without gaps")
     return members
 
 
+def _array(name: str, value: Any, dtype: Any = None) -> NDArray[Any]:
+    try:
+        return np.asarray(value, dtype=dtype)
+    except (TypeError, ValueError):
+        raise InvalidArgument(name, f"a {type(value).__name__} that is no array of numbers", "numbers") from None
+
+
 def _integers(name: str, value: ArrayLike, shape: tuple[int, ...]) -> NDArray[np.int64]:
-    array = np.asarray(value)
+    array = _array(name, value)
     if array.dtype.kind not in "iu":
         raise InvalidArgument(name, f"dtype {array.dtype}", "whole numbers")
     if array.shape not in ((), shape):
@@ -323,10 +335,10 @@ def _numbers(
 def _allowed(value: ArrayLike | None, m: int, P: int) -> NDArray[np.bool_]:
     if value is None:
         return np.ones((m, P), dtype=bool)
-    array = np.asarray(value)
+    array = _array("allowed", value)
     if array.shape != (m, P) or array.dtype != bool:
         raise InvalidArgument("allowed", f"{array.dtype} of shape {array.shape}", f"bool of shape {(m, P)}")
-    return array
+    return array.copy()
 
 
 def _check_capacities(problem: LayerProblem) -> None:

@@ -114,9 +114,13 @@ def verify(
     """
     stats = dict(candidate.stats)
     if candidate.owner is None or candidate.exchange is None:
-        return LayerSolution(problem, formulation, candidate.termination, message=candidate.message, stats=stats)
-    owner = np.asarray(candidate.owner)
-    wrong = metrics.placement_violations(problem, owner)
+        termination, message = candidate.termination, candidate.message
+        if termination in (Termination.OPTIMAL, Termination.HEURISTIC):
+            missing = "owners" if candidate.owner is None else "an exchange"
+            termination, message = Termination.ERROR, f"{termination} without {missing}; {message}"
+        return LayerSolution(problem, formulation, termination, message=message, stats=stats)
+    owner = np.array(candidate.owner)
+    wrong = metrics.placement_violations(problem, owner) + metrics.exchange_violations(problem, candidate.exchange)
     if wrong:
         return LayerSolution(problem, formulation, Termination.ERROR, message="; ".join(wrong), stats=stats)
     weight = formulation.repair(problem, owner, candidate.exchange)
@@ -140,7 +144,7 @@ def _without_false_claims(solution: LayerSolution, candidate: Candidate, options
     refused = []
     bound, termination = solution.bound, solution.termination
     objective = solution.objective
-    if bound is not None and bound > objective + options.relative_gap * max(abs(objective), 1e-12):
+    if bound is not None and not bound <= objective + options.relative_gap * max(abs(objective), 1e-12):
         refused.append(f"bound {bound:.9g} above the objective {objective:.9g}")
         bound = None
     proved = bound is not None and _gap(objective, bound) <= options.relative_gap

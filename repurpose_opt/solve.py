@@ -120,7 +120,7 @@ def solve_problem(
     start: ArrayLike | None = None,
 ) -> LayerSolution:
     """`solve_layer` for a problem that exists already."""
-    if not isinstance(formulation, Formulation):
+    if isinstance(formulation, type) or not isinstance(formulation, Formulation):
         raise InvalidArgument("formulation", repr(formulation), "an Edge, Volume, Lossless or other Formulation")
     for argument, name in (("partitioner", partitioner), ("pruner", pruner)):
         if not isinstance(name, str):
@@ -209,13 +209,17 @@ class _Chain:
         self.surrogate_bound: float | None = None
         self.log: list[dict[str, Any]] = []
         self.pruned: dict[bytes, Candidate] = {}
+        self.out_of_time = False
 
     def run(self, stages: list[Partitioner], start: NDArray[np.int64] | None) -> LayerSolution:
         if start is not None:
-            self._keep("start", self._prune(start), time.perf_counter())
+            self._keep("start", self._guarded("start", lambda: self._prune(start)), time.perf_counter())
         last = None
         for stage in stages:
-            if self.best is not None and (self.deadline.passed or self._proved()):
+            if self.best is not None and self._proved():
+                break
+            if self.best is not None and self.deadline.passed:
+                self.out_of_time = True
                 break
             began = time.perf_counter()
             last = self._keep(stage.name, self._ask(stage), began)
@@ -227,18 +231,29 @@ class _Chain:
         reason = stage.supports(self.problem, self.formulation)
         if reason is not None:
             return Candidate(Termination.UNSUPPORTED, message=f"{stage.name}: {reason}")
+        return self._guarded(stage.name, lambda: self._complete(stage))
+
+    def _complete(self, stage: Partitioner) -> Candidate:
+        """The stage's candidate, its exchange chosen by the pruner if it left that open."""
         start = None if self.best is None else self.best.owner
+        candidate = stage.solve(self.problem, self.formulation, self._options(), start, self._prune)
+        if candidate.owner is not None and candidate.exchange is None:
+            pruned = self._prune(candidate.owner)
+            termination = candidate.termination
+            if pruned.termination is not Termination.HEURISTIC and termination is Termination.HEURISTIC:
+                termination = pruned.termination
+            stats = {**pruned.stats, **candidate.stats}
+            candidate = replace(candidate, exchange=pruned.exchange, termination=termination, stats=stats)
+        return candidate
+
+    def _guarded(self, name: str, ask: Callable[[], Candidate]) -> Candidate:
         try:
-            candidate = stage.solve(self.problem, self.formulation, self._options(), start, self._prune)
-            if candidate.owner is not None and candidate.exchange is None:
-                pruned = self._prune(candidate.owner)
-                candidate = replace(candidate, exchange=pruned.exchange, stats={**pruned.stats, **candidate.stats})
-            return candidate
+            return ask()
         except RepurposeError:
             raise
         except Exception as error:  # a backend's fault is an answer that says so, here as in a benchmark
             stats = {"traceback": traceback.format_exc()}
-            return Candidate(Termination.ERROR, message=f"{stage.name}: {type(error).__name__}: {error}", stats=stats)
+            return Candidate(Termination.ERROR, message=f"{name}: {type(error).__name__}: {error}", stats=stats)
 
     def _keep(self, name: str, candidate: Candidate, began: float) -> LayerSolution:
         solution = verify(self.problem, self.formulation, candidate, self.options)
@@ -259,7 +274,11 @@ class _Chain:
             assert last is not None
             return replace(last, stats={**last.stats, **stats})
         ended = [entry["termination"] for entry in self.log]
-        termination = Termination.TIME_LIMIT if Termination.TIME_LIMIT in ended else Termination.HEURISTIC
+        out_of_time = self.out_of_time or Termination.TIME_LIMIT in ended
+        termination = Termination.TIME_LIMIT if out_of_time else Termination.HEURISTIC
+        if self.bound is not None and self.bound > self.best.objective + self._slack():  # a later stage refuted it
+            stats["refused_claims"] = (*self.best.stats.get("refused_claims", ()), f"bound {self.bound:.9g}")
+            self.bound = None
         if self._proved():
             termination = Termination.OPTIMAL
         result = replace(
@@ -275,15 +294,19 @@ class _Chain:
     def _proved(self) -> bool:
         if self.best is None or self.bound is None or self.best.violations:
             return False
-        objective = self.best.objective
-        return objective - self.bound <= self.options.relative_gap * max(abs(objective), 1e-12)
+        return abs(self.best.objective - self.bound) <= self._slack()
+
+    def _slack(self) -> float:
+        assert self.best is not None
+        return self.options.relative_gap * max(abs(self.best.objective), 1e-12)
 
     def _options(self) -> SolveOptions:
         left = self.deadline.remaining
         return replace(self.options, time_limit=None if left is None else max(left, 1e-3))
 
     def _prune(self, owner: NDArray[np.int64]) -> Candidate:
-        key = np.asarray(owner).tobytes()  # a stage prunes its start again, which is often the costliest step
+        owner = np.array(owner)  # a copy: a local search changes its array in place
+        key = owner.tobytes()  # a stage prunes its start again, which is often the costliest step
         if key not in self.pruned:
             self.pruned[key] = self.pruner.solve(self.problem, self.formulation, self._options(), owner)
         return self.pruned[key]

@@ -38,8 +38,10 @@ class SolveOptions:
     relative_gap: float = 1e-6
 
     def __post_init__(self) -> None:
-        if self.time_limit is not None and not self.time_limit > 0:
-            raise InvalidArgument("time_limit", self.time_limit, "seconds > 0, or None")
+        if self.time_limit is not None and not (
+            isinstance(self.time_limit, (int, float, np.number)) and self.time_limit > 0
+        ):
+            raise InvalidArgument("time_limit", repr(self.time_limit), "seconds > 0, or None")
         if isinstance(self.seed, bool) or not isinstance(self.seed, (int, np.integer)) or self.seed < 0:
             raise InvalidArgument("seed", repr(self.seed), "a whole number ≥ 0")
         if self.threads < 1:

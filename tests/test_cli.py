@@ -189,9 +189,9 @@ def test_bench_list(run: Run) -> None:
 
 def test_demo_hands_its_options_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
-    fake = types.ModuleType("repurpose_opt.network.demo")
+    fake = types.ModuleType("repurpose_opt.demo.run")
     fake.run_demo = lambda *args, **kwargs: calls.append((args, kwargs))  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "repurpose_opt.network.demo", fake)
+    monkeypatch.setitem(sys.modules, "repurpose_opt.demo.run", fake)
     assert run("demo") == (0, "", "")
     assert (
         run("demo", "--output", "d", "--mnist-dir", "m", "--budget", 0.05, "--seeds", 3, "--seed", 7, "--json")[0] == 0
@@ -205,10 +205,10 @@ def test_demo_without_its_packages_names_the_command(run: Run, monkeypatch: pyte
     class Missing:
         @staticmethod
         def find_spec(name: str, *_: object) -> None:
-            if name == "repurpose_opt.network.demo":
+            if name == "repurpose_opt.demo.run":
                 raise ModuleNotFoundError("No module named 'torch'", name="torch")
 
-    monkeypatch.delitem(sys.modules, "repurpose_opt.network.demo", raising=False)
+    monkeypatch.delitem(sys.modules, "repurpose_opt.demo.run", raising=False)
     monkeypatch.setattr(sys, "meta_path", [Missing, *sys.meta_path])
     assert "demo needs torch: pip install 'repurpose-opt[demo]'" in failed(*run("demo"))
 

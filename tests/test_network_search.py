@@ -83,7 +83,7 @@ def test_noise_and_steps_never_take_it_above(
 
 def test_a_first_price_far_down_a_flat_curve_is_left_behind() -> None:
     """Nearly everything is sent at the first price, and a little less at ten times it."""
-    used, _ = search(lambda price: logistic(price, 0.0, 2.3) / 0.456, math.exp(-6.9), -1)
+    used, _ = search(lambda price: logistic(price, 0.0, 2.7) / 0.48, math.exp(-7.0), -1)
     assert CLOSE_ENOUGH <= used <= 1
 
 

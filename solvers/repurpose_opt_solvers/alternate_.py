@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repurpose_opt.exchange import Exchange
-from repurpose_opt.formulation import Formulation
+from repurpose_opt.formulation import Formulation, Volume
 from repurpose_opt.moments import Moments
 from repurpose_opt.problem import LayerProblem
 from repurpose_opt.solve import alternate
@@ -33,7 +33,9 @@ class Alternate:
         start: NDArray[np.int64] | None,
         prune: Prune,
     ) -> Candidate:
-        return alternate_on(on_diagonal(problem), problem, formulation, options, start, prune)
+        # Edge sees the diagonal only, Lossless the weight itself, which on_diagonal replaces by its target.
+        seen = on_diagonal(problem) if isinstance(formulation, Volume) else problem
+        return alternate_on(seen, problem, formulation, options, start, prune)
 
 
 def alternate_on(

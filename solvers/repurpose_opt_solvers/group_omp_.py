@@ -68,6 +68,8 @@ def _pursue(
             left = None if left is None else left - problem.transfer_bytes[value, k]
         value, rate = workers[k].best()
         heapq.heappush(heap, (-rate, k, value))
+    if formulation.max_nmse is not None and deadline.passed:  # no time to choose: all, of which `take` drops the last
+        yield from ((int(j), k, 0.0) for k, worker in workers.items() for j in np.flatnonzero(worker.candidate))
 
 
 class _WorkerPursuit:

@@ -60,7 +60,7 @@ def graph(problem: LayerProblem, formulation: Formulation) -> dict[str, Any]:
     """The graph in METIS's terms: neurons 0 … m−1, then inputs, then terminals, with integer weights."""
     m, n, P = problem.m, problem.n, problem.P
     ties = connection(problem, formulation).tocoo()
-    most = ties.data.max() if ties.nnz else 1.0
+    most = ties.data.max(initial=0.0) or 1.0
     scaled = np.maximum(np.rint(ties.data / most * _LARGEST_WEIGHT), 1)
     tails = np.concatenate([ties.row, m + np.arange(n)])
     heads = np.concatenate([m + ties.col, m + n + problem.input_owner])
