@@ -21,7 +21,7 @@ class LayerProblem:
     """m neurons to place on P workers, n input values with known owners; data only, trusted once created.
 
     The weight has rows and columns; row r belongs to neuron `row_neuron[r]`, column c to value `column_value[c]`
-    (both the identity for a linear layer). Arrays are read-only views of what was given.
+    (both the identity for a linear layer).
     """
 
     weight: Weight

@@ -74,7 +74,12 @@ def registered(kind: str) -> list[Registered]:
     """All entries of a kind, also those whose packages are missing."""
     listed = []
     for name, point in sorted(_entry_points(kind).items()):
-        solver = point.load()
+        try:
+            solver = point.load()
+        except ImportError as error:  # one broken plug-in must not hide the others
+            absent = error.name or point.module
+            listed.append(Registered(name, kind[:-1], f"cannot be imported: {error}", (absent,), (absent,)))
+            continue
         summary = (solver.__doc__ or "").strip().split("\n")[0]
         listed.append(Registered(name, kind[:-1], summary, tuple(getattr(solver, "requires", ())), _missing(solver)))
     return listed

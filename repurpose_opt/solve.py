@@ -22,7 +22,7 @@ from repurpose_opt.solver import Candidate, Deadline, Partitioner, Prune, Pruner
 
 AssignmentCost = Callable[[NDArray[np.int64] | None, Exchange | None], NDArray[np.float64]]
 MOST_ROUNDS = 60
-SMALLEST_FALL = 1e-3
+SMALLEST_FALL = 5e-3
 """A round that lowers the objective by less than this share is the last."""
 
 
@@ -289,6 +289,8 @@ class _Chain:
             stats={**self.best.stats, **stats},
         )
         result.__dict__["objective"] = self.best.objective
+        if result.violations:
+            result = replace(result, message="; ".join(result.violations))
         return result
 
     def _proved(self) -> bool:

