@@ -35,6 +35,14 @@ def refit(problem: LayerProblem, owner: NDArray[np.int64], transfers: NDArray[np
     return type(problem.weight)(refitted) if problem.is_sparse else refitted
 
 
+def corrected_bias(problem: LayerProblem, weight: Weight) -> NDArray[np.float64]:
+    """b' = b + W E[x] − V E[x̂], (rows,): the bias that leaves no error in the mean."""
+    moments = problem.moments
+    if not (moments.mean.any() or moments.target_mean.any()):
+        return problem.bias
+    return problem.bias + problem.weight @ moments.target_mean - weight @ moments.mean
+
+
 def restrict(
     problem: LayerProblem, weight: Weight, row_owner: NDArray[np.int64], transfers: NDArray[np.bool_]
 ) -> Weight:

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from repurpose_opt import metrics
 from repurpose_opt.errors import NoSolution
 from repurpose_opt.exchange import Exchange
-from repurpose_opt.formulation import Formulation, corrected_bias
+from repurpose_opt.formulation import Formulation
 from repurpose_opt.problem import LayerProblem, Weight
+from repurpose_opt.repair import corrected_bias
 from repurpose_opt.solver import Candidate, SolveOptions, Termination
 
 

@@ -11,8 +11,7 @@ import pytest
 from conftest import BLOCKS, random_layer, random_owner
 
 from repurpose_opt import LayerProblem, Moments, SolveOptions, Termination, Volume, metrics, registry
-from repurpose_opt.formulation import corrected_bias
-from repurpose_opt.repair import refit
+from repurpose_opt.repair import corrected_bias, refit
 from repurpose_opt.solver import Deadline
 from repurpose_opt_solvers.group_omp_ import _pursue
 

@@ -23,9 +23,8 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from repurpose_opt import LayerProblem, Moments, metrics
-from repurpose_opt.formulation import corrected_bias
 from repurpose_opt.problem import dense
-from repurpose_opt.repair import compensated_cost, refit, restrict
+from repurpose_opt.repair import compensated_cost, corrected_bias, refit, restrict
 from repurpose_opt.testing import random_problem
 
 LAYERS: dict[str, dict[str, Any]] = {

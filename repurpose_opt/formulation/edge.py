@@ -1,0 +1,165 @@
+"""`Edge`: a price for every weight that is kept, a higher one where its value must be sent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+
+from repurpose_opt.exchange import Exchange
+from repurpose_opt.formulation.protocol import Formulation, check_price
+from repurpose_opt.problem import LayerProblem, Weight
+from repurpose_opt.repair import sum_rows
+
+_CACHED_ENTRIES = 1 << 16
+
+
+@dataclass(frozen=True)
+class Edge(Formulation):
+    """Diagonal-C error + Σ over kept weights of (weight_price + transfer_price · bytes · link_price · [remote]).
+
+    RePurpose-style ℓ0 pruning, reconstructed from its abstract (Abdi et al., AAAI 2023). The optimum given the
+    owners is a threshold per weight, so neuron i on worker k costs Σ_j min(g_i C_jj w̃_ij², price_jk) whatever the
+    others do: choosing the owners is a transportation problem.
+    """
+
+    weight_price: float = 0.0
+    transfer_price: float = 0.0
+    name = "edge"
+    assignment_is_exact = True
+
+    def __post_init__(self) -> None:
+        check_price("weight_price", self.weight_price)
+        check_price("transfer_price", self.transfer_price)
+
+    def column_price(self, problem: LayerProblem) -> NDArray[np.float64]:
+        """(columns, P) price of keeping one weight of this column on worker k."""
+        by_value = self.weight_price + self.transfer_price * problem.transfer_price
+        return by_value[problem.column_value]
+
+    def objective(self, problem: LayerProblem, owner: NDArray[np.int64], exchange: Exchange, weight: Weight) -> float:
+        price = self.column_price(problem)
+        row_owner = owner[problem.row_neuron]
+        target, variance = problem.target_weight, problem.moments.variance
+        if problem.is_sparse:
+            missing = (target - weight).tocsr()
+            error = (missing.multiply(missing) @ variance) @ problem.output_weight
+            kept = weight.tocoo()
+            return float(error + price[kept.col, row_owner[kept.row]][kept.data != 0].sum())
+        total = 0.0
+        for rows in _row_blocks(problem):
+            difference = target[rows] - weight[rows]
+            total += float(problem.output_weight[rows] @ (np.square(difference) @ variance))
+            kept_price = (weight[rows] != 0) @ price
+            total += float(kept_price[np.arange(len(kept_price)), row_owner[rows]].sum())
+        return total
+
+    def assignment_cost(
+        self, problem: LayerProblem, owner: NDArray[np.int64] | None, exchange: Exchange | None
+    ) -> NDArray[np.float64]:
+        price = self.column_price(problem)
+        if problem.is_sparse:
+            return sum_rows(problem, _sparse_capped_energy(problem, price))
+        links = problem.link_price[~np.eye(problem.P, dtype=bool)]
+        uniform = links.size == 0 or bool((links == links[0]).all())
+        return sum_rows(problem, (_uniform_capped_energy if uniform else _capped_energy)(problem, price))
+
+    def select(self, problem: LayerProblem, owner: NDArray[np.int64]) -> Exchange:
+        """A value is sent to a worker if the dearest weight that reads it there is worth its price."""
+        price = self.column_price(problem)
+        row_owner = owner[problem.row_neuron]
+        most = np.zeros((problem.P, problem.columns))
+        if problem.is_sparse:
+            entries = problem.target_weight.tocoo()
+            np.maximum.at(most, (row_owner[entries.row], entries.col), _sparse_energy(problem, entries))
+        else:
+            for rows in _row_blocks(problem):
+                for k, energy in zip(row_owner[rows], _energy(problem, rows), strict=True):
+                    np.maximum(most[k], energy, out=most[k])
+        column, worker = np.nonzero(price < most.T)
+        needed = np.zeros((problem.n, problem.P), dtype=bool)
+        needed[problem.column_value[column], worker] = True
+        return Exchange.of_transfers(needed & problem.remote, problem.input_owner)
+
+    def repair(self, problem: LayerProblem, owner: NDArray[np.int64], exchange: Exchange) -> Weight:
+        """W̃ with zeros where the worker does not have the value or the weight is worth less than its price."""
+        has = (exchange.transfers | ~problem.remote)[problem.column_value]
+        price = np.where(has, self.column_price(problem), np.inf)
+        row_owner = owner[problem.row_neuron]
+        if problem.is_sparse:
+            entries = problem.target_weight.tocoo()
+            keep = _sparse_energy(problem, entries) > price[entries.col, row_owner[entries.row]]
+            coordinates = (entries.row[keep], entries.col[keep])
+            return sparse.csr_array((entries.data[keep], coordinates), shape=problem.weight.shape)
+        kept = np.empty_like(problem.weight)
+        by_worker = np.ascontiguousarray(price.T)
+        for rows in _row_blocks(problem):
+            worth = _energy(problem, rows) > by_worker[row_owner[rows]]
+            np.multiply(problem.target_weight[rows], worth, out=kept[rows])
+        return kept
+
+    def selection_is_exact(self, problem: LayerProblem) -> bool:
+        return True
+
+
+def _row_blocks(problem: LayerProblem) -> Iterator[slice]:
+    """Slices of rows small enough that a block of the weight stays in cache."""
+    height = max(1, _CACHED_ENTRIES // problem.columns)
+    return (slice(first, first + height) for first in range(0, problem.rows, height))
+
+
+def _energy(problem: LayerProblem, rows: slice) -> NDArray[np.float64]:
+    """g_i C_jj w̃_ij² of some rows, in float64 whatever the weight is."""
+    energy = np.square(problem.target_weight[rows], dtype=np.float64)
+    energy *= problem.moments.variance
+    energy *= problem.output_weight[rows, None]
+    return energy
+
+
+def _sparse_energy(problem: LayerProblem, entries: sparse.coo_array) -> NDArray[np.float64]:
+    """The same for the entries of a sparse W̃, (entries,)."""
+    energy = np.square(entries.data, dtype=np.float64)
+    energy *= problem.moments.variance[entries.col] * problem.output_weight[entries.row]
+    return energy
+
+
+def _uniform_capped_energy(problem: LayerProblem, price: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(rows, P) Σ_j min(energy_ij, price_jk) where a column has one price at home and one elsewhere.
+
+    Two minima per weight instead of P.
+    """
+    columns = np.arange(problem.columns)
+    at_home = price[columns, problem.column_home]
+    elsewhere = price[columns, (problem.column_home + 1) % problem.P]
+    held_by = np.eye(problem.P)[problem.column_home]
+    capped = np.empty((problem.rows, problem.P))
+    for rows in _row_blocks(problem):
+        energy = _energy(problem, rows)
+        local = np.minimum(energy, at_home) @ held_by
+        np.minimum(energy, elsewhere, out=energy)
+        remote = energy @ held_by
+        capped[rows] = remote.sum(axis=1, keepdims=True) - remote + local
+    return capped
+
+
+def _capped_energy(problem: LayerProblem, price: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(rows, P) Σ_j min(energy_ij, price_jk) for any prices."""
+    capped = np.empty((problem.rows, problem.P))
+    for rows in _row_blocks(problem):
+        energy = _energy(problem, rows)
+        for k in range(problem.P):
+            capped[rows, k] = np.minimum(energy, price[:, k]).sum(axis=1)
+    return capped
+
+
+def _sparse_capped_energy(problem: LayerProblem, price: NDArray[np.float64]) -> NDArray[np.float64]:
+    entries = problem.target_weight.tocoo()
+    energy = _sparse_energy(problem, entries)
+    capped = [
+        np.bincount(entries.row, np.minimum(energy, price[entries.col, k]), minlength=problem.rows)
+        for k in range(problem.P)
+    ]
+    return np.stack(capped, axis=1)

@@ -1,0 +1,66 @@
+"""`Lossless`: the bytes that are sent where nothing is pruned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+
+from repurpose_opt import metrics
+from repurpose_opt.exchange import Exchange
+from repurpose_opt.formulation.protocol import Formulation
+from repurpose_opt.problem import LayerProblem, Weight
+
+
+@dataclass(frozen=True)
+class Lossless(Formulation):
+    """Priced volume with nothing pruned: hypergraph partitioning (connectivity λ−1) with fixed terminals."""
+
+    name = "lossless"
+    damping = 0.5
+
+    def objective(self, problem: LayerProblem, owner: NDArray[np.int64], exchange: Exchange, weight: Weight) -> float:
+        return metrics.priced_volume(problem, exchange)
+
+    def assignment_cost(
+        self, problem: LayerProblem, owner: NDArray[np.int64] | None, exchange: Exchange | None
+    ) -> NDArray[np.float64]:
+        """Price of the inputs that a neuron would need on each worker, shared with those that need them there.
+
+        With owners given, input j on worker k costs price / (1 + other neurons there that read it).
+        """
+        reads = incidence(problem)
+        if owner is None:
+            return np.asarray(reads @ problem.transfer_price)
+        count = reads.T @ np.eye(problem.P)[owner]
+        cost = np.asarray(reads @ (problem.transfer_price / (1 + count)))
+        staying = np.asarray(reads @ (problem.transfer_price / np.maximum(count, 1)))
+        neurons = np.arange(problem.m)
+        cost[neurons, owner] = staying[neurons, owner]
+        return cost
+
+    def select(self, problem: LayerProblem, owner: NDArray[np.int64]) -> Exchange:
+        needed = np.asarray(incidence(problem).T @ np.eye(problem.P)[owner]) > 0
+        return Exchange.of_transfers(needed & problem.remote, problem.input_owner)
+
+    def violations(
+        self, problem: LayerProblem, owner: NDArray[np.int64], exchange: Exchange, weight: Weight
+    ) -> tuple[str, ...]:
+        missing = (problem.weight - weight).nnz if problem.is_sparse else np.count_nonzero(problem.weight != weight)
+        return (f"{missing} weights differ from the original's",) if missing else ()
+
+    def selection_is_exact(self, problem: LayerProblem) -> bool:
+        return True
+
+
+def incidence(problem: LayerProblem) -> sparse.csr_array:
+    """(m, n) 1 where neuron i reads value j."""
+    entries = sparse.coo_array(problem.weight)
+    nonzero = entries.data != 0
+    coordinates = (problem.row_neuron[entries.row[nonzero]], problem.column_value[entries.col[nonzero]])
+    reads = sparse.csr_array((np.ones(nonzero.sum()), coordinates), shape=(problem.m, problem.n))
+    reads.sum_duplicates()
+    reads.data[:] = 1.0
+    return reads

@@ -1,0 +1,165 @@
+"""`Volume`: the error after refit against the bytes that are sent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+from numpy.typing import NDArray
+
+from repurpose_opt import metrics
+from repurpose_opt.errors import InvalidArgument
+from repurpose_opt.exchange import Exchange
+from repurpose_opt.formulation.protocol import Formulation, check_price
+from repurpose_opt.problem import LayerProblem, Weight
+from repurpose_opt.repair import compensated_cost, corrected_bias, refit, value_energy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Volume(Formulation):
+    """Error on the given C after refit, against the bytes that are sent; exactly one of the four limits.
+
+    transfer_price  minimise error + transfer_price · priced volume
+    budget          minimise the error with volume ≤ this fraction of direct, in [0, 1]
+    budget_bytes    minimise the error with volume ≤ this many bytes a sample
+    max_nmse        minimise the priced volume with an NMSE on the calibration moments of at most this; it
+                    guarantees nothing beyond them
+    """
+
+    transfer_price: float | None = None
+    budget: float | None = None
+    budget_bytes: float | None = None
+    max_nmse: float | None = None
+    name = "volume"
+
+    def __post_init__(self) -> None:
+        given = {k: v for k, v in vars(self).items() if v is not None}
+        if len(given) != 1:
+            names = " and ".join(given) or "none"
+            raise InvalidArgument("Volume", names, "exactly one of transfer_price, budget, budget_bytes, max_nmse")
+        ((name, value),) = given.items()
+        check_price(name, value)
+        if name == "budget" and value > 1:
+            raise InvalidArgument("budget", f"{value:g}", "a fraction of direct, in [0, 1]")
+
+    def judged(self, problem: LayerProblem) -> LayerProblem:
+        """The problem with the weights g by which errors count: max_nmse is a limit on the NMSE, which has none."""
+        return problem if self.max_nmse is None else problem.unweighted
+
+    def allowed_bytes(self, problem: LayerProblem) -> float | None:
+        """The budget in bytes; None where there is none."""
+        if self.budget is not None:
+            return np.floor(self.budget * problem.direct_volume + 1e-9)
+        return self.budget_bytes
+
+    def objective(self, problem: LayerProblem, owner: NDArray[np.int64], exchange: Exchange, weight: Weight) -> float:
+        if self.max_nmse is not None:
+            return metrics.priced_volume(problem, exchange)
+        error = metrics.weighted_error(problem, owner, weight)
+        if self.transfer_price is None:
+            return error
+        return error + self.transfer_price * metrics.priced_volume(problem, exchange)
+
+    def assignment_cost(
+        self, problem: LayerProblem, owner: NDArray[np.int64] | None, exchange: Exchange | None
+    ) -> NDArray[np.float64]:
+        return compensated_cost(self.judged(problem), _transfers(problem, exchange))
+
+    def select(self, problem: LayerProblem, owner: NDArray[np.int64]) -> Exchange:
+        """Transfers by the energy of their weights on the diagonal of C, greatest gain a byte first."""
+        gain = value_energy(self.judged(problem), owner)
+        gain[~problem.remote] = 0.0
+        cost = problem.transfer_price if self.allowed_bytes(problem) is None else problem.transfer_bytes
+        with np.errstate(divide="ignore", invalid="ignore"):
+            rate = np.where(gain > 0, gain / cost, 0.0)
+        order = np.argsort(-rate, axis=None, kind="stable")[: np.count_nonzero(rate)]
+        value, worker = np.unravel_index(order, rate.shape)
+        ranked = zip(value, worker, rate.ravel()[order], strict=True)
+        return self.take(problem, owner, ranked)
+
+    def take(
+        self, problem: LayerProblem, owner: NDArray[np.int64], ranked: Iterator[tuple[int, int, float]]
+    ) -> Exchange:
+        """The transfers to make out of (value, worker, gain per byte or priced byte), greatest first."""
+        allowed = self.allowed_bytes(problem)
+        if self.max_nmse is not None:
+            return self._take_until(problem, owner, ranked)
+        taken = np.zeros((problem.n, problem.P), dtype=bool)
+        left = allowed
+        for j, k, rate in ranked:
+            if self.transfer_price is not None:
+                if rate <= self.transfer_price:
+                    break
+            elif problem.transfer_bytes[j, k] > left:
+                continue
+            else:
+                left -= problem.transfer_bytes[j, k]
+            taken[j, k] = True
+        return Exchange.of_transfers(taken, problem.input_owner)
+
+    def repair(self, problem: LayerProblem, owner: NDArray[np.int64], exchange: Exchange) -> Weight:
+        return refit(problem, owner, exchange.transfers)
+
+    def violations(
+        self, problem: LayerProblem, owner: NDArray[np.int64], exchange: Exchange, weight: Weight
+    ) -> tuple[str, ...]:
+        allowed = self.allowed_bytes(problem)
+        if allowed is not None and metrics.volume(problem, exchange) > allowed:
+            return (f"volume {metrics.volume(problem, exchange)} bytes is above the budget, {allowed:g}",)
+        if self.max_nmse is not None:
+            reached = _nmse_after(problem, owner, weight)
+            if not self._meets(reached):
+                return (f"NMSE {reached:.4g} is above max_nmse, {self.max_nmse:g}",)
+        return ()
+
+    def selection_is_exact(self, problem: LayerProblem) -> bool:
+        if not problem.moments.is_diagonal:
+            return False
+        if self.transfer_price is not None:
+            return True
+        cost = problem.transfer_bytes if self.max_nmse is None else problem.transfer_price
+        if self.max_nmse is not None and problem.moments.ridge > 0:
+            return False  # energies have the ridge in them, the NMSE does not
+        return len(np.unique(cost[problem.remote])) <= 1
+
+    def _meets(self, nmse: float) -> bool:
+        return self.max_nmse is None or nmse <= self.max_nmse + 1e-10
+
+    def _take_until(
+        self, problem: LayerProblem, owner: NDArray[np.int64], ranked: Iterator[tuple[int, int, float]]
+    ) -> Exchange:
+        """The shortest prefix of the ranking whose NMSE after refit is low enough (bisection; all if none is)."""
+        pairs: list[tuple[int, int]] = []
+
+        def exchange_of(count: int) -> Exchange:
+            taken = np.zeros((problem.n, problem.P), dtype=bool)
+            for j, k in pairs[:count]:
+                taken[j, k] = True
+            return Exchange.of_transfers(taken, problem.input_owner)
+
+        def reaches(count: int) -> bool:
+            weight = refit(problem, owner, exchange_of(count).transfers)
+            return self._meets(_nmse_after(problem, owner, weight))
+
+        low, step = -1, 1
+        while not reaches(len(pairs)):
+            low = len(pairs)
+            pairs.extend((int(j), int(k)) for j, k, _ in islice(ranked, step))
+            step *= 2
+            if len(pairs) == low:
+                return exchange_of(low)
+        high = len(pairs)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if reaches(middle) else (middle, high)
+        return exchange_of(high)
+
+
+def _transfers(problem: LayerProblem, exchange: Exchange | None) -> NDArray[np.bool_]:
+    return np.zeros((problem.n, problem.P), dtype=bool) if exchange is None else exchange.transfers
+
+
+def _nmse_after(problem: LayerProblem, owner: NDArray[np.int64], weight: Weight) -> float:
+    return metrics.nmse(problem, owner, weight, corrected_bias(problem, weight))
