@@ -6,8 +6,7 @@ import copy
 import hashlib
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from repurpose_opt.network.finetune import FineTuning, batches_of, fine_tune
 from repurpose_opt.network.search import NOTHING_SENT, largest_within
 from repurpose_opt.network.sweep import Placement, Sweep, Trial
 from repurpose_opt.network.trace import Chain, trace
+from repurpose_opt.progress import progress
 from repurpose_opt.runtime.plan import Plan, PlannedLayer
 from repurpose_opt.solver import SolveOptions
 
@@ -83,7 +83,7 @@ def repurpose(
     with torch.no_grad():
         first_inputs = chain.before_first(inputs)
     fingerprint = _fingerprint(chain, first_inputs, placement, formulation, partitioner, pruner, loss, seed)
-    with _progress() as report:
+    with progress() as report:
         report("weighing errors by the loss")
         sweep = Sweep(
             chain=chain,
@@ -281,16 +281,3 @@ def _fingerprint(chain: Chain, inputs: torch.Tensor, placement: Placement, *sett
     for array in arrays:
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """Shows the step under way on standard error, where that is a terminal."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda step: None
-        return
-    with console.status("starting") as status:
-        yield status.update

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -19,6 +18,7 @@ from repurpose_opt.network.calibrate import outputs_of
 from repurpose_opt.network.checkpoint import Checkpoint
 from repurpose_opt.network.trace import Chain
 from repurpose_opt.problem import LayerProblem
+from repurpose_opt.progress import Report
 from repurpose_opt.solve import solve_problem
 from repurpose_opt.solver import SolveOptions
 
@@ -85,7 +85,7 @@ class Sweep:
     pruner: str
     options: SolveOptions
     checkpoint: Checkpoint
-    report: Callable[[str], None]
+    report: Report
     trials: list[Trial] = field(default_factory=list)
     owners: dict[int, NDArray[np.int64]] = field(default_factory=dict)
 
