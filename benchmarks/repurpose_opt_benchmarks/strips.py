@@ -468,7 +468,8 @@ def markdown(report: dict[str, Any]) -> str:
     lines += ["", *bar_lines(report), "", *setting_lines(report)]
     lines[-1] += (
         " Fine-tuning: Adam, one cycle, batches of 128; the JSON has the learning rates tried. `late_fusion` sends all "
-        "inputs of the last layer and nothing else, whatever the budget; filled, it also sends what carries most energy (weighted by the loss) between its hidden layers. `sparse` keeps as many weights a layer as ours."
+        "inputs of the last layer and nothing else, whatever the budget; filled, it also sends what carries most "
+        "energy (weighted by the loss) between its hidden layers. `sparse` keeps as many weights a layer as ours."
     )
     return "\n".join(lines)
 
