@@ -16,6 +16,15 @@ from repurpose_opt.runtime.plan import Plan
 
 mpl.use("Agg")
 _INK, _ACCENT, _GREY = "#222222", "#b3341f", "#8a8a8a"
+_LABELS = {
+    "central": (4, 6),
+    "direct": (6, -3),
+    "partial_sums": (-62, -3),
+    "sparse": (6, -3),
+    "late_fusion": (-58, -3),
+    "ours": (6, 3),
+}
+"""Rows drawn as points, with where their names go, in points."""
 
 
 def draw_matrices(plan: Plan, dense: Chain, path: Path) -> None:
@@ -48,17 +57,21 @@ def draw_curve(rows: dict[str, Row], curves: list[list[tuple[float, float]]], pa
         x, y = np.array([point for point in curve if point[0] > 0]).T
         label = "ours, before fine-tuning" if number == 0 else None
         axis.plot(100 * x, 100 * y, "o-", color=_ACCENT, alpha=0.8, markersize=4, label=label)
-    for name in ("central", "direct", "partial_sums", "sparse", "late_fusion", "ours"):
+    for name, offset in _LABELS.items():
         row = rows[name]
-        x = 100 * row.cost.volume_fraction
-        axis.plot([x], [100 * row.accuracy], "s", color=_ACCENT if name == "ours" else _INK, markersize=6)
-        axis.annotate(
-            f"{name}, fine-tuned", (x, 100 * row.accuracy), xytext=(5, -12), textcoords="offset points", fontsize=8
-        )
+        point = (100 * row.cost.volume_fraction, 100 * row.accuracy)
+        axis.plot(*point, "s", color=_ACCENT if name == "ours" else _INK, markersize=6)
+        axis.annotate(name, point, xytext=offset, textcoords="offset points", fontsize=8)
     axis.axhline(
-        100 * rows["dense"].accuracy_before_finetuning, color=_GREY, linewidth=1, linestyle="--", label="dense"
+        100 * rows["dense"].accuracy_before_finetuning,
+        color=_GREY,
+        linewidth=1,
+        linestyle="--",
+        label="dense, as trained",
     )
+    axis.plot([], [], "s", color=_INK, label="after the same fine-tuning")
     axis.set_xscale("log")
+    axis.set_xlim(right=300)
     axis.set_xlabel("values sent a sample, % of direct")
     axis.set_ylabel("accuracy on held-out groups, %")
     axis.set_ylim(bottom=max(axis.get_ylim()[0], 85))
