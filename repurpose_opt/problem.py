@@ -319,10 +319,7 @@ def _numbers(
         return np.full(shape, default)
     if hasattr(value, "detach"):
         value = value.detach().cpu().double().numpy()
-    try:
-        array = np.asarray(value, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise InvalidArgument(name, "something that is not numbers", f"numbers of shape {shape}") from None
+    array = _array(name, value, np.float64)
     if array.shape not in ((), shape):
         raise InvalidArgument(name, f"shape {array.shape}", f"shape {shape}")
     if np.isnan(array).any() or (not infinite and not np.isfinite(array).all()):
