@@ -126,7 +126,7 @@ def _add_demo(verbs: Any) -> None:
         type=_fraction,
         default=0.01,
         metavar="F",
-        help="fraction of the direct volume that may be sent, in [0, 1]; default: %(default)s",
+        help="fraction of the direct volume that may be sent, above 0 and below 1; default: %(default)s",
     )
     verb.add_argument(
         "--seeds", type=_positive, default=1, metavar="N", help="repetitions, for means and spreads; default: 1"
@@ -144,7 +144,7 @@ def _demo(args: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "repurpose_opt":
             raise
-        raise SolverNotInstalled(f"demo needs {error.name}: pip install 'repurpose-opt[demo]'") from None
+        raise SolverNotInstalled(f"demo needs {error.name}: pip install {error.name}") from None
     run_demo(
         args.output,
         mnist_directory=args.mnist_dir,
@@ -220,6 +220,8 @@ def _add_data(group: Any) -> None:
 
 
 def _solve(args: argparse.Namespace) -> int:
+    if not args.file.is_file():
+        raise InvalidArgument("FILE", f"{args.file}, which is no file", "the path of a file")
     formulation = _formulation(args)
     output = args.output or args.file.with_name(args.file.name + ".solution.npz")
     _check_output(output, args)

@@ -191,14 +191,14 @@ class LayerProblem:
         owner = np.arange(n) * P // n if input_owner is None else _integers("input_owner", input_owner, (n,))
         if ((owner < 0) | (owner >= P)).any():
             raise InvalidArgument("input_owner", f"worker {owner[(owner < 0) | (owner >= P)][0]}", f"0 … {P - 1}")
-        loads = _numbers("load", load, (m,), default=1.0)
+        loads = checked_numbers("load", load, (m,), default=1.0)
         if (loads <= 0).any():
             raise InvalidArgument("load", f"{loads.min():g}", "positive loads")
-        share = float(np.ceil(loads.sum() / P))
+        share = float(loads.sum() / P + loads.max() * (1 - 1 / P))  # any list of loads fits (Graham 1966)
         if (loads == loads[0]).all():
             share = float(np.ceil(m / P) * loads[0])  # room for whole neurons
-        capacities = _numbers("capacity", capacity, (P,), default=share, infinite=True)
-        prices = _numbers("link_price", link_price, (P, P), default=1.0).copy()
+        capacities = checked_numbers("capacity", capacity, (P,), default=share, infinite=True)
+        prices = checked_numbers("link_price", link_price, (P, P), default=1.0).copy()
         np.fill_diagonal(prices, 0.0)
         sizes = _integers("value_bytes", itemsize if value_bytes is None else value_bytes, (n,))
         if (sizes < 0).any():
@@ -213,13 +213,13 @@ class LayerProblem:
             input_owner=owner,
             capacity=capacities,
             load=loads,
-            min_load=_numbers("min_load", min_load, (P,), default=0.0),
+            min_load=checked_numbers("min_load", min_load, (P,), default=0.0),
             allowed=_allowed(allowed, m, P),
             value_bytes=sizes,
             link_price=prices,
-            bias=_numbers("bias", bias, (rows,), default=0.0, negative=True),
+            bias=checked_numbers("bias", bias, (rows,), default=0.0, negative=True),
             moments=moments,
-            output_weight=_numbers("output_weight", output_weight, (rows,), default=1.0),
+            output_weight=checked_numbers("output_weight", output_weight, (rows,), default=1.0),
             column_value=values,
             row_neuron=neurons,
         )
@@ -255,6 +255,8 @@ def _count(name: str, value: Any) -> int:
 def _weight(weight: Any) -> tuple[Weight, int, NDArray[np.int64] | None]:
     """The weight as float32/64 (rows, columns), its original itemsize, and the column_value of an unfolded one."""
     if hasattr(weight, "detach"):
+        if str(weight.layout) != "torch.strided":
+            raise InvalidArgument("weight", f"a {weight.layout} tensor", "a dense tensor, or a SciPy sparse matrix")
         tensor = weight.detach().cpu()
         itemsize = tensor.element_size()
         weight = (tensor.float() if itemsize < 4 else tensor).numpy()
@@ -306,7 +308,7 @@ def _integers(name: str, value: ArrayLike, shape: tuple[int, ...]) -> NDArray[np
     return np.broadcast_to(array, shape).astype(np.int64)
 
 
-def _numbers(
+def checked_numbers(
     name: str,
     value: ArrayLike | None,
     shape: tuple[int, ...],

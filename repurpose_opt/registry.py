@@ -12,14 +12,6 @@ from repurpose_opt.errors import DuplicateSolver, SolverNotInstalled, UnknownSol
 
 KINDS = ("partitioners", "pruners", "formulations", "testsets")
 
-_INSTALL = {
-    "ortools": "pip install 'repurpose-opt[ortools]'",
-    "pymetis": "pip install 'repurpose-opt[metis]'",
-    "cvxpy": "pip install 'repurpose-opt[cvxpy]'",
-    "torch": "pip install 'repurpose-opt[network]'",
-    "numba": "pip install 'repurpose-opt[numba]'",
-}
-
 
 @dataclass(frozen=True)
 class Registered:
@@ -42,7 +34,7 @@ class Registered:
 
 
 def install_command(packages: tuple[str, ...]) -> str:
-    return " && ".join(_INSTALL.get(package, f"pip install {package}") for package in packages)
+    return f"pip install {' '.join(packages)}"
 
 
 def names(kind: str) -> list[str]:

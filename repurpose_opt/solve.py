@@ -78,7 +78,8 @@ def solve_layer(
     time_limit     seconds for the whole solve; the incumbent is returned when it passes
 
     Raises InvalidArgument, UnknownSolver, SolverNotInstalled. A solve that ends without an answer is returned with
-    its termination; `solution.require()` raises it.
+    its termination; `solution.require()` raises it. An answer that breaks a limit, a max_nmse that cannot be met for
+    instance, has termination `error` and says so in `message` and `violations`.
     """
     moments = _moments(
         inputs=inputs,
@@ -175,6 +176,8 @@ def alternate(
     deadline = Deadline(options.time_limit)
     owner = assign(assignment_cost(None, None)) if start is None else start
     current = best = verify(problem, formulation, prune(owner), options)
+    if start is None and formulation.assignment_is_exact:  # the cost does not depend on the owners
+        return Candidate(Termination.HEURISTIC, best.owner, best.exchange, message=best.message)
     cost = None
     rounds = 0
     termination = Termination.HEURISTIC
@@ -290,7 +293,9 @@ class _Chain:
         )
         result.__dict__["objective"] = self.best.objective
         if result.violations:
-            result = replace(result, message="; ".join(result.violations))
+            # An answer that breaks a limit is handed over, but not as a success.
+            failed = termination if termination is Termination.TIME_LIMIT else Termination.ERROR
+            result = replace(result, termination=failed, message="; ".join(result.violations))
         return result
 
     def _proved(self) -> bool:
@@ -350,4 +355,7 @@ def _moments(*, inputs: ArrayLike | None, target_inputs: ArrayLike | None, **raw
 
 
 def _array(value: Any) -> Any:
-    return value.detach().cpu().numpy() if hasattr(value, "detach") else value
+    if not hasattr(value, "detach"):
+        return value
+    tensor = value.detach().cpu()
+    return (tensor.float() if tensor.element_size() < 4 else tensor).numpy()

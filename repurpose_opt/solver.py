@@ -39,7 +39,7 @@ class SolveOptions:
 
     def __post_init__(self) -> None:
         if self.time_limit is not None and not (
-            isinstance(self.time_limit, (int, float, np.number)) and self.time_limit > 0
+            isinstance(self.time_limit, (int, float, np.number)) and 0 < self.time_limit < np.inf
         ):
             raise InvalidArgument("time_limit", repr(self.time_limit), "seconds > 0, or None")
         if isinstance(self.seed, bool) or not isinstance(self.seed, (int, np.integer)) or self.seed < 0:

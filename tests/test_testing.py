@@ -199,7 +199,7 @@ def forgets(candidate: Candidate, problem: LayerProblem) -> Candidate:
 
 
 PRUNER_FAULTS: dict[str, tuple[Any, str]] = {
-    "above the budget": (faulty(Threshold, sends_too_much), "an invalid answer: .'volume"),
+    "above the budget": (faulty(Threshold, sends_too_much), "ended with an error: volume"),
     "an exception": (faulty(Threshold, raises), "ZeroDivisionError"),
     "no exchange": (faulty(Threshold, forgets), "without an exchange|no owners"),
     "a changed problem": (faulty(Threshold, mutates), "mutates_nothing.*read-only"),

@@ -13,11 +13,15 @@ RESULTS = _HERE.parent / "results"
 """Where experiments write, in a checkout."""
 
 
+_SOURCES = ("../../repurpose_opt", "../../solvers", "..", ":(exclude)../results")
+"""What a figure is made by: another experiment's result is no change of it."""
+
+
 def environment(*packages: str) -> dict[str, object]:
     """Commit, cores and versions: what a figure depends on beside its own settings."""
     return {
         "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--", "../../repurpose_opt", "../../solvers", "..")),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--", *_SOURCES)),
         "cores": os.cpu_count(),
         "machine": platform.machine(),
         "system": platform.system(),

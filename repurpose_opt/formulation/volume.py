@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -80,12 +80,16 @@ class Volume(Formulation):
         return self.take(problem, owner, ranked)
 
     def take(
-        self, problem: LayerProblem, owner: NDArray[np.int64], ranked: Iterator[tuple[int, int, float]]
+        self,
+        problem: LayerProblem,
+        owner: NDArray[np.int64],
+        ranked: Iterator[tuple[int, int, float]],
+        out_of_time: Callable[[], bool] = lambda: False,
     ) -> Exchange:
         """The transfers to make out of (value, worker, gain per byte or priced byte), greatest first."""
         allowed = self.allowed_bytes(problem)
         if self.max_nmse is not None:
-            return self._take_until(problem, owner, ranked)
+            return self._take_until(problem, owner, ranked, out_of_time)
         taken = np.zeros((problem.n, problem.P), dtype=bool)
         left = allowed
         for j, k, rate in ranked:
@@ -128,7 +132,11 @@ class Volume(Formulation):
         return self.max_nmse is None or nmse <= self.max_nmse + 1e-10
 
     def _take_until(
-        self, problem: LayerProblem, owner: NDArray[np.int64], ranked: Iterator[tuple[int, int, float]]
+        self,
+        problem: LayerProblem,
+        owner: NDArray[np.int64],
+        ranked: Iterator[tuple[int, int, float]],
+        out_of_time: Callable[[], bool],
     ) -> Exchange:
         """The shortest prefix of the ranking whose NMSE after refit is low enough (bisection; all if none is)."""
         pairs: list[tuple[int, int]] = []
@@ -146,12 +154,12 @@ class Volume(Formulation):
         low, step = -1, 1
         while not reaches(len(pairs)):
             low = len(pairs)
-            pairs.extend((int(j), int(k)) for j, k, _ in islice(ranked, step))
+            pairs.extend((int(j), int(k)) for j, k, _ in islice(ranked, None if out_of_time() else step))
             step *= 2
             if len(pairs) == low:
                 return exchange_of(low)
         high = len(pairs)
-        while high - low > 1:
+        while high - low > 1 and not out_of_time():
             middle = (low + high) // 2
             low, high = (low, middle) if reaches(middle) else (middle, high)
         return exchange_of(high)

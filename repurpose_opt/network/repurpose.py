@@ -21,9 +21,10 @@ from repurpose_opt.formulation import Formulation, Volume
 from repurpose_opt.network.calibrate import check_loss, checked_labels, gather, loss_weights
 from repurpose_opt.network.checkpoint import Checkpoint
 from repurpose_opt.network.finetune import FineTuning, batches_of, fine_tune
-from repurpose_opt.network.search import NOTHING_SENT, largest_within
+from repurpose_opt.network.search import largest_within
 from repurpose_opt.network.sweep import Placement, Sweep, Trial
 from repurpose_opt.network.trace import Chain, trace
+from repurpose_opt.problem import checked_numbers
 from repurpose_opt.progress import progress
 from repurpose_opt.runtime.plan import Plan, PlannedLayer
 from repurpose_opt.solver import SolveOptions
@@ -77,7 +78,9 @@ def repurpose(
     formulation = Volume(budget=0.1) if formulation is None else formulation
     if finetune is not None and finetune.distillation < 1 and labels is None:
         raise InvalidArgument("finetune", "a loss on labels, but data has none", "(inputs, labels), or distillation=1")
-    if memory_limit is not None and not memory_limit > 0:
+    if finetune is not None and not isinstance(finetune, FineTuning):
+        raise InvalidArgument("finetune", repr(finetune), "FineTuning(…), or None")
+    if memory_limit is not None and not (isinstance(memory_limit, (int, float)) and memory_limit > 0):
         raise InvalidArgument("memory_limit", memory_limit, "bytes > 0")
     placement = _placement(chain, n_workers, input_owner, output_owner, worker_share, link_price)
     with torch.no_grad():
@@ -121,10 +124,12 @@ def best_trial(sweep: Sweep, formulation: Formulation) -> Trial:
     if formulation.max_nmse is not None:
         return _least_volume(sweep, at_price, first, formulation.max_nmse)
     if formulation.budget == 0 or formulation.budget_bytes == 0:
-        return at_price(NOTHING_SENT)
+        return sweep.run(Volume(budget_bytes=0))
     if formulation.budget == 1 or (formulation.budget_bytes or 0) >= sweep.most_volume:
         return at_price(0.0)
-    return largest_within(at_price, lambda trial: _used(trial, formulation), first, -1)
+    trial = largest_within(at_price, lambda trial: _used(trial, formulation), first, -1)
+    # No price keeps values off a link that costs nothing; a budget counts their bytes all the same.
+    return trial if _used(trial, formulation) <= 1 else sweep.run(Volume(budget_bytes=0))
 
 
 def plan_of(chain: Chain, trial: Trial, placement: Placement, stats: dict[str, Any]) -> Plan:
@@ -231,7 +236,7 @@ def _placement(
         raise InvalidArgument("input_owner", f"shape {owner.shape}", f"({n},), one worker an input")
     outputs = tuple(np.unique(_workers("output_owner", output_owner, P)).tolist())
     share = _shares(worker_share, P, outputs)
-    prices = None if link_price is None else np.asarray(link_price, dtype=np.float64)
+    prices = checked_numbers("link_price", link_price, (P, P), default=1.0)
     return Placement(P, owner, outputs, share, prices)
 
 
@@ -249,11 +254,7 @@ def _workers(name: str, value: ArrayLike, n_workers: int) -> NDArray[np.int64]:
 
 def _shares(value: ArrayLike | None, n_workers: int, outputs: tuple[int, ...]) -> NDArray[np.float64]:
     """(P,) relative capacities that sum to 1, some of it where the outputs go."""
-    share = np.ones(n_workers) if value is None else np.asarray(value, dtype=np.float64)
-    if share.shape != (n_workers,):
-        raise InvalidArgument("worker_share", f"shape {share.shape}", f"({n_workers},)")
-    if not (np.isfinite(share).all() and (share >= 0).all()):
-        raise InvalidArgument("worker_share", share.tolist(), "finite numbers ≥ 0")
+    share = checked_numbers("worker_share", value, (n_workers,), default=1.0)
     if share[list(outputs)].sum() == 0:
         raise InvalidArgument("worker_share", f"0 for output_owner {list(outputs)}", "above 0 for one of them")
     return share / share.sum()

@@ -16,6 +16,8 @@ class ExactAssignment:
 
     name: str
     requires: tuple[str, ...]
+    resolution = 0.0
+    """Error of each cost, relative to the largest spread of a neuron's costs."""
 
     def assign(self, problem: LayerProblem, cost: NDArray[np.float64]) -> NDArray[np.int64]:
         """(m,) owners of least total cost (m, P). Raises Infeasible."""
@@ -40,4 +42,5 @@ class ExactAssignment:
         if not formulation.assignment_is_exact:
             return Candidate(Termination.HEURISTIC, owner)
         least = float(cost[np.arange(problem.m), owner].sum())
-        return Candidate(Termination.OPTIMAL, owner, bound=least, claimed_objective=least)
+        doubt = problem.m * self.resolution * float(np.ptp(cost, axis=1).max())
+        return Candidate(Termination.OPTIMAL, owner, bound=least - doubt, claimed_objective=least)

@@ -17,6 +17,7 @@ class Flow(ExactAssignment):
 
     name = "flow"
     requires: tuple[str, ...] = ("ortools",)
+    resolution = 1 / _LARGEST_COST
 
     def assign(self, problem: LayerProblem, cost: NDArray[np.float64]) -> NDArray[np.int64]:
         return assign_by_flow(problem, cost)

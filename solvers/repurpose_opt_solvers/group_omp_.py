@@ -40,7 +40,9 @@ class GroupOMP:
         if problem.moments.is_diagonal:
             return Candidate(Termination.HEURISTIC, owner, formulation.select(problem, owner))
         deadline = Deadline(options.time_limit)
-        exchange = formulation.take(problem, owner, _pursue(problem, formulation, owner, deadline))
+        exchange = formulation.take(
+            problem, owner, _pursue(problem, formulation, owner, deadline), lambda: deadline.passed
+        )
         return Candidate(Termination.TIME_LIMIT if deadline.passed else Termination.HEURISTIC, owner, exchange)
 
 
@@ -68,8 +70,9 @@ def _pursue(
             left = None if left is None else left - problem.transfer_bytes[value, k]
         value, rate = workers[k].best()
         heapq.heappush(heap, (-rate, k, value))
-    if formulation.max_nmse is not None and deadline.passed:  # no time to choose: all, of which `take` drops the last
-        yield from ((int(j), k, 0.0) for k, worker in workers.items() for j in np.flatnonzero(worker.candidate))
+    if deadline.passed:  # no time to choose one by one: the rest, by the gains as they stand
+        rest = [(rate, k, value) for k, worker in workers.items() for value, rate in worker.offers()]
+        yield from ((value, k, rate) for rate, k, value in sorted(rest, reverse=True))
 
 
 class _WorkerPursuit:
@@ -98,6 +101,11 @@ class _WorkerPursuit:
         rate = self._rates()
         value = int(np.argmax(rate))
         return value, float(rate[value])
+
+    def offers(self) -> Iterator[tuple[int, float]]:
+        """All values that the worker lacks, with their gains per byte."""
+        rate = self._rates()
+        return ((int(value), float(rate[value])) for value in np.flatnonzero(self.candidate))
 
     def add(self, value: int) -> None:
         """Receive a value: downdate M and R."""

@@ -21,14 +21,15 @@ def assign_uneven(problem: LayerProblem, cost: NDArray[np.float64]) -> NDArray[n
     relative = cost - cost.min(axis=1, keepdims=True)
     scale = relative.max() if relative.max() > 0 else 1.0
     once = sparse.kron(sparse.eye_array(m), np.ones((1, P)))
-    loads = sparse.kron(problem.load[None, :], sparse.eye_array(P))
+    unit = problem.load.max()  # HiGHS's tolerances are absolute
+    loads = sparse.kron(problem.load[None, :] / unit, sparse.eye_array(P))
     result = milp(
         (relative / scale).ravel(),
         integrality=np.ones(m * P),
         bounds=Bounds(0, problem.allowed.ravel().astype(float)),
         constraints=[
             LinearConstraint(once.tocsr(), 1, 1),
-            LinearConstraint(loads.tocsr(), problem.min_load, problem.capacity),
+            LinearConstraint(loads.tocsr(), problem.min_load / unit, problem.capacity / unit),
         ],
         options=_LIMITS,
     )
