@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -11,7 +13,7 @@ from repurpose_opt.solver import Candidate, Prune, SolveOptions, Termination
 from repurpose_opt_solvers.transport import Infeasible
 
 
-class ExactAssignment:
+class ExactAssignment(ABC):
     """Assigns by the cost that the formulation gives without knowing owners; a subclass brings the engine."""
 
     name: str
@@ -19,9 +21,9 @@ class ExactAssignment:
     resolution = 0.0
     """Error of each cost, relative to the largest spread of a neuron's costs."""
 
+    @abstractmethod
     def assign(self, problem: LayerProblem, cost: NDArray[np.float64]) -> NDArray[np.int64]:
         """(m,) owners of least total cost (m, P). Raises Infeasible."""
-        raise NotImplementedError
 
     def supports(self, problem: LayerProblem, formulation: Formulation) -> str | None:
         return None if problem.has_equal_loads else "exact for equal loads only; use 'alternate' for unequal ones"
