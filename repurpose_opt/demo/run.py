@@ -112,7 +112,8 @@ def as_table(result: dict[str, dict[str, Any]]) -> str:
 
 
 def _percent(row: dict[str, Any], name: str) -> str:
-    return f"{100 * row[name]:.2f} ± {100 * row[name + '_std']:.2f}"
+    spread = row[f"{name}_std"]  # 0 for a single seed, which has none
+    return f"{100 * row[name]:.2f}" + (f" ± {100 * spread:.2f}" if spread else "")
 
 
 def _mean_cost(rows: list[Row]) -> dict[str, float]:
