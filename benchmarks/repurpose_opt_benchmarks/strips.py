@@ -443,7 +443,9 @@ def _bars(rows: Sequence[dict[str, Any]], fine_tuning_steps: Sequence[int]) -> I
 
 
 def _bar(what: str, measured: float, *, most: float | None = None, least: float | None = None) -> dict[str, Any]:
-    reached = (most is None or measured <= most) and (least is None or measured >= least)
+    # Accuracies are shares of whole images: a difference that is exactly the limit must not miss it by rounding.
+    rounded = round(measured, 9)
+    reached = (most is None or rounded <= most) and (least is None or rounded >= least)
     limit = {"at_most": most} if least is None else {"at_least": least}
     return {"what": what, "measured": measured, **limit, "reached": reached}
 
