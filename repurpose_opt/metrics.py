@@ -45,8 +45,12 @@ def busiest(problem: LayerProblem, exchange: Exchange) -> int:
 
 def kept_columns(problem: LayerProblem, transfers: NDArray[np.bool_], worker: int) -> NDArray[np.int64]:
     """Columns that a worker has: those of the values it holds or receives."""
-    has = transfers[:, worker] | (problem.input_owner == worker)
-    return np.flatnonzero(has[problem.column_value])
+    return np.flatnonzero(had_columns(problem, transfers)[:, worker])
+
+
+def had_columns(problem: LayerProblem, transfers: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """(columns, P) whether worker k holds or receives the value of a column."""
+    return (transfers | ~problem.remote)[problem.column_value]
 
 
 def worker_macs(problem: LayerProblem, owner: NDArray[np.int64], transfers: NDArray[np.bool_]) -> NDArray[np.int64]:
@@ -122,9 +126,7 @@ def exchange_violations(problem: LayerProblem, exchange: Exchange) -> tuple[str,
 
 def weights_outside(problem: LayerProblem, owner: NDArray[np.int64], exchange: Exchange, weight: Weight) -> int:
     """Nonzeros of V whose value is neither held by their worker nor sent to it."""
-    missing = ~exchange.transfers
-    missing[np.arange(problem.n), problem.input_owner] = False
-    missing = missing[problem.column_value]
+    missing = ~had_columns(problem, exchange.transfers)
     row_owner = owner[problem.row_neuron]
     if sparse.issparse(weight):
         entries = weight.tocoo()

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.linalg import LinAlgError, cholesky, solve_triangular
 
 from repurpose_opt.errors import InvalidArgument
-from repurpose_opt.metrics import kept_columns
+from repurpose_opt.metrics import had_columns, kept_columns
 from repurpose_opt.problem import LayerProblem, Weight, dense
 
 
@@ -47,9 +47,7 @@ def restrict(
     problem: LayerProblem, weight: Weight, row_owner: NDArray[np.int64], transfers: NDArray[np.bool_]
 ) -> Weight:
     """The weight with zeros wherever a worker does not have the value."""
-    has = transfers.copy()
-    has[np.arange(problem.n), problem.input_owner] = True
-    has = has[problem.column_value]
+    has = had_columns(problem, transfers)
     if problem.is_sparse:
         entries = weight.tocoo()
         kept = has[entries.col, row_owner[entries.row]]
@@ -70,10 +68,8 @@ def compensated_cost(problem: LayerProblem, transfers: NDArray[np.bool_]) -> NDA
     """
     explained = np.empty((problem.rows, problem.P))
     if problem.moments.is_diagonal:
-        has = transfers.copy()
-        has[np.arange(problem.n), problem.input_owner] = True
-        energy = column_energy(problem)
-        explained = np.asarray(energy @ has[problem.column_value].astype(np.float64))
+        had = had_columns(problem, transfers).astype(np.float64)
+        explained = np.asarray(column_energy(problem) @ had)
     else:
         for k in range(problem.P):
             columns = kept_columns(problem, transfers, k)

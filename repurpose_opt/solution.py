@@ -39,6 +39,14 @@ class LayerSolution:
     message: str = ""
     stats: Mapping[str, Any] = field(default_factory=dict)
 
+    def restated(self, **claims: Any) -> LayerSolution:
+        """The same owners, exchange and weights under other claims; figures that are computed already are kept."""
+        copied = replace(self, **claims)
+        for name in ("transfers", "objective", "nmse", "volume", "busiest", "violations"):
+            if name in self.__dict__:
+                copied.__dict__[name] = self.__dict__[name]
+        return copied
+
     def require(self) -> LayerSolution:
         """This solution, or NoSolution if there are no owners."""
         if self.owner is None:
@@ -158,10 +166,7 @@ def _without_false_claims(solution: LayerSolution, candidate: Candidate, options
     if not refused:
         return solution
     stats = {**solution.stats, "refused_claims": tuple(refused)}
-    # replace() makes a fresh instance, so keep the objective that was computed already.
-    honest = replace(solution, bound=bound, termination=termination, stats=stats)
-    honest.__dict__["objective"] = objective
-    return honest
+    return solution.restated(bound=bound, termination=termination, stats=stats)
 
 
 def _gap(objective: float, bound: float) -> float:

@@ -284,19 +284,17 @@ class _Chain:
             self.bound = None
         if self._proved():
             termination = Termination.OPTIMAL
-        result = replace(
-            self.best,
+        message = self.best.message
+        if self.best.violations:  # an answer that breaks a limit is handed over, but not as a success
+            termination = termination if out_of_time else Termination.ERROR
+            message = "; ".join(self.best.violations)
+        return self.best.restated(
             termination=termination,
             bound=self.bound,
             surrogate_bound=self.surrogate_bound,
+            message=message,
             stats={**self.best.stats, **stats},
         )
-        result.__dict__["objective"] = self.best.objective
-        if result.violations:
-            # An answer that breaks a limit is handed over, but not as a success.
-            failed = termination if termination is Termination.TIME_LIMIT else Termination.ERROR
-            result = replace(result, termination=failed, message="; ".join(result.violations))
-        return result
 
     def _proved(self) -> bool:
         if self.best is None or self.bound is None or self.best.violations:

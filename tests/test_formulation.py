@@ -213,10 +213,10 @@ def test_lossless_cost_shares_an_input_with_the_other_neurons_that_read_it_there
 def test_the_budget_in_bytes(arguments: dict[str, float], allowed: float | None):
     problem = random_problem(m=6, n=10, P=3)
     assert problem.direct_volume == 80
-    assert Volume(**arguments).allowed_bytes(problem) == allowed
+    assert Volume(**arguments).allowed_bytes(problem.direct_volume) == allowed
 
 
 @pytest.mark.parametrize("share", [0.07, 0.29, 0.57, 1.0])
 def test_a_fraction_that_is_whole_bytes_but_for_rounding_counts_as_whole(share: float):
     problem = random_problem(m=6, n=100, P=2, value_bytes=1)
-    assert Volume(budget=share).allowed_bytes(problem) == round(share * 100)
+    assert Volume(budget=share).allowed_bytes(problem.direct_volume) == round(share * 100)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,12 +146,11 @@ def _repurpose(
     stats: dict[str, Any] = {"seed": seed, "budget": budget, "transfer_price": price}
     ours = plan_of(dense, trial, placement, stats)
     for ratio in CURVE:
-        if math.isfinite(price * ratio):
-            sweep.run(Volume(transfer_price=price * ratio))
-    curve = []
-    for tried in sweep.trials:
-        model = copy.deepcopy(plan_of(dense, tried, placement, {}).model)
-        curve.append((tried.volume / tried.direct_volume, accuracy(model, *test)))
+        sweep.run(Volume(transfer_price=price * ratio))
+    curve = [
+        (tried.volume / tried.direct_volume, accuracy(plan_of(dense, tried, placement, {}).model, *test))
+        for tried in sweep.trials
+    ]
     return ours, sorted(curve)
 
 

@@ -11,6 +11,7 @@ from scipy import sparse
 
 from repurpose_opt.exchange import Exchange
 from repurpose_opt.formulation.protocol import Formulation, check_price
+from repurpose_opt.metrics import had_columns
 from repurpose_opt.problem import LayerProblem, Weight
 from repurpose_opt.repair import sum_rows
 
@@ -86,8 +87,7 @@ class Edge(Formulation):
 
     def repair(self, problem: LayerProblem, owner: NDArray[np.int64], exchange: Exchange) -> Weight:
         """W̃ with zeros where the worker does not have the value or the weight is worth less than its price."""
-        has = (exchange.transfers | ~problem.remote)[problem.column_value]
-        price = np.where(has, self.column_price(problem), np.inf)
+        price = np.where(had_columns(problem, exchange.transfers), self.column_price(problem), np.inf)
         row_owner = owner[problem.row_neuron]
         if problem.is_sparse:
             entries = problem.target_weight.tocoo()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -48,10 +49,10 @@ class Volume(Formulation):
         """The problem with the weights g by which errors count: max_nmse is a limit on the NMSE, which has none."""
         return problem if self.max_nmse is None else problem.unweighted
 
-    def allowed_bytes(self, problem: LayerProblem) -> float | None:
-        """The budget in bytes; None where there is none."""
+    def allowed_bytes(self, direct_volume: int) -> float | None:
+        """The budget in bytes a sample, of a layer or a network with this direct volume; None where there is none."""
         if self.budget is not None:
-            return np.floor(self.budget * problem.direct_volume + 1e-9)
+            return math.floor(self.budget * direct_volume + 1e-9)
         return self.budget_bytes
 
     def objective(self, problem: LayerProblem, owner: NDArray[np.int64], exchange: Exchange, weight: Weight) -> float:
@@ -71,7 +72,7 @@ class Volume(Formulation):
         """Transfers by the energy of their weights on the diagonal of C, greatest gain a byte first."""
         gain = value_energy(self.judged(problem), owner)
         gain[~problem.remote] = 0.0
-        cost = problem.transfer_price if self.allowed_bytes(problem) is None else problem.transfer_bytes
+        cost = problem.transfer_price if self.allowed_bytes(problem.direct_volume) is None else problem.transfer_bytes
         with np.errstate(divide="ignore", invalid="ignore"):
             rate = np.where(gain > 0, gain / cost, 0.0)
         order = np.argsort(-rate, axis=None, kind="stable")[: np.count_nonzero(rate)]
@@ -87,7 +88,7 @@ class Volume(Formulation):
         out_of_time: Callable[[], bool] = lambda: False,
     ) -> Exchange:
         """The transfers to make out of (value, worker, gain per byte or priced byte), greatest first."""
-        allowed = self.allowed_bytes(problem)
+        allowed = self.allowed_bytes(problem.direct_volume)
         if self.max_nmse is not None:
             return self._take_until(problem, owner, ranked, out_of_time)
         taken = np.zeros((problem.n, problem.P), dtype=bool)
@@ -109,7 +110,7 @@ class Volume(Formulation):
     def violations(
         self, problem: LayerProblem, owner: NDArray[np.int64], exchange: Exchange, weight: Weight
     ) -> tuple[str, ...]:
-        allowed = self.allowed_bytes(problem)
+        allowed = self.allowed_bytes(problem.direct_volume)
         if allowed is not None and metrics.volume(problem, exchange) > allowed:
             return (f"volume {metrics.volume(problem, exchange)} bytes is above the budget, {allowed:g}",)
         if self.max_nmse is not None:

@@ -180,10 +180,8 @@ def _first_price(sweep: Sweep) -> float:
 
 def _used(trial: Trial, formulation: Volume) -> float:
     """Share of the budget that a trial uses."""
-    allowed = formulation.budget_bytes
-    if allowed is None:
-        assert formulation.budget is not None
-        allowed = math.floor(formulation.budget * trial.direct_volume + 1e-9)
+    allowed = formulation.allowed_bytes(trial.direct_volume)
+    assert allowed is not None
     if allowed == 0:
         return math.inf if trial.volume > 0 else 1.0
     return trial.volume / allowed

@@ -50,7 +50,7 @@ def _pursue(
     problem: LayerProblem, formulation: Volume, owner: NDArray[np.int64], deadline: Deadline
 ) -> Iterator[tuple[int, int, float]]:
     """(value, worker, gain per byte) in the order of the greedy; what no longer fits a budget is passed over."""
-    left = formulation.allowed_bytes(problem)
+    left = formulation.allowed_bytes(problem.direct_volume)
     cost: NDArray[Any] = problem.transfer_price if left is None else problem.transfer_bytes
     row_owner = owner[problem.row_neuron]
     workers = {
