@@ -429,16 +429,18 @@ def _add_bench(verbs: Any) -> None:
 
 
 def _bench_list(args: argparse.Namespace) -> int:
-    from repurpose_opt.bench.testset import load_all
+    from repurpose_opt.bench.testset import load_installed
 
     sets = [
         {"name": found.name, "title": found.title, "description": found.description, "instances": len(found)}
-        for found in load_all()
+        for found in load_installed()
     ]
+    missing = [found for found in registry.registered("testsets") if not found.installed]
     if args.json:
-        print(json.dumps(sets, indent=2))
+        print(json.dumps(sets + [{"name": found.name, "install": found.install} for found in missing], indent=2))
         return 0
     rows = [("NAME", "INSTANCES", "TITLE")] + [(str(s["name"]), str(s["instances"]), str(s["title"])) for s in sets]
+    rows += [(found.name, "–", f"to install: {found.install}") for found in missing]
     print(_aligned(rows))
     return 0
 

@@ -9,22 +9,28 @@ import pytest
 from scipy import sparse
 
 from repurpose_opt import registry
-from repurpose_opt.bench.testset import Instance, load_all
+from repurpose_opt.bench.testset import Instance, load_installed
 from repurpose_opt.problem import dense
 from repurpose_opt.solve import solve_problem
 from repurpose_opt_benchmarks.__main__ import EXPERIMENTS
 from repurpose_opt_benchmarks.__main__ import main as run_experiments
 from repurpose_opt_benchmarks.edge_random import EdgeRandom
+from repurpose_opt_benchmarks.lossless_classes import LosslessClasses
 from repurpose_opt_benchmarks.lossless_random import LosslessRandom
+from repurpose_opt_benchmarks.radix_net import radix_net
 from repurpose_opt_benchmarks.tiny import Tiny
 
 SETS = (Tiny, EdgeRandom, LosslessRandom)
+needs_minilm = pytest.mark.skipif(
+    not registry.is_installed("testsets", "lossless-classes"), reason="the package with MiniLM's weights is absent"
+)
 
 
 def test_all_sets_are_listed() -> None:
-    found = {testset.name: type(testset) for testset in load_all()}
+    found = {testset.name: type(testset) for testset in load_installed()}
     assert {testset.name: testset for testset in SETS}.items() <= found.items()
-    assert list(found) == registry.names("testsets")
+    missing = {entry.name for entry in registry.registered("testsets") if not entry.installed}
+    assert sorted({*found, *missing}) == registry.names("testsets")
 
 
 @pytest.mark.parametrize("testset", SETS)
@@ -108,3 +114,26 @@ def test_transport_measures_both_bars() -> None:
     assert all(row["termination"] == "optimal" and row["violations"] == 0 for row in report["solve"])
     table = [line for line in markdown(report).splitlines() if line.startswith("| `")]
     assert len(table) == 4
+
+
+@needs_minilm
+def test_half_of_lossless_classes_is_judged_once() -> None:
+    found = list(LosslessClasses())
+    assert len(found) == len(LosslessClasses()) >= 24
+    assert len({instance.name for instance in found}) == len(found)
+    assert {instance.kind for instance in found} == {"random", "planted", "banded", "radix", "real"}
+    for tuned, judged in zip(found[::2], found[1::2], strict=True):
+        assert (tuned.judge_once, judged.judge_once) == (False, True)
+        assert tuned.name[:-1] == judged.name[:-1]
+        assert fingerprint(tuned) != fingerprint(judged)
+        assert judged.problem.capacity.sum() == judged.problem.m, "capacities are tight"
+
+
+def test_a_radix_net_connects_every_input_with_every_output_equally_often() -> None:
+    """Robinett and Kepner 2019, theorem 1: a numeral system's layers multiply to a constant matrix."""
+    first, second, third = radix_net((4, 4, 2), 3, seed=0)
+    paths = (third @ second @ first).toarray()
+    assert (paths == paths[0, 0]).all()
+    assert paths[0, 0] == 1
+    assert (first.sum(axis=1) == 4).all()
+    assert (third.sum(axis=0) == 2).all()

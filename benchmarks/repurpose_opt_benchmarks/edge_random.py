@@ -24,6 +24,7 @@ class EdgeRandom:
     """RePurpose-style ℓ0 pruning of random layers, n = 64 … 4096."""
 
     name = "edge-random"
+    requires: tuple[str, ...] = ()
     title = "Edge on random layers, uneven capacities"
     description = (
         "Gaussian weights n × n, n = 64 to 4096, inputs of unequal variance, 4 or 8 workers whose capacities differ; "

@@ -28,6 +28,7 @@ class LosslessRandom:
     """Hypergraph partitioning with fixed terminals, n = 64 … 1024."""
 
     name = "lossless-random"
+    requires: tuple[str, ...] = ()
     title = "Lossless on sparse layers, random and planted"
     description = (
         "Sparse n × n layers, n = 64 to 1024, on 4 or 8 workers, values of one byte. `random`: nonzeros anywhere. "
@@ -45,14 +46,21 @@ class LosslessRandom:
 
 
 def lossless_problem(n: int, workers: int, density: float, *, planted: bool, seed: int) -> LayerProblem:
-    """An n × n sparse layer; a planted one has the same number of neurons for each hidden worker, shuffled."""
+    """An n × n sparse layer on workers with contiguous inputs, values of one byte."""
     # The sizes are part of the seed, so that a partitioner with the same seed does not draw the hidden placement.
     rng = np.random.default_rng([seed, n, workers])
+    weight = sparse_layer(n, workers, density, _NOISE if planted else None, rng)
+    return LayerProblem.create(weight, workers, input_owner=np.arange(n) * workers // n, value_bytes=1)
+
+
+def sparse_layer(
+    n: int, workers: int, density: float, noise: float | None, rng: np.random.Generator
+) -> sparse.csr_array:
+    """An n × n layer of ones; a planted one (noise given) has a hidden worker for each neuron, as many on each."""
     input_owner = np.arange(n) * workers // n
     chance = np.full((n, n), density)
-    if planted:
+    if noise is not None:
         hidden = rng.permutation(input_owner)
         at_home = hidden[:, None] == input_owner
-        chance = density * (_NOISE + (1 - _NOISE) * workers * at_home)
-    weight = sparse.csr_array((rng.random((n, n)) < chance).astype(np.float64))
-    return LayerProblem.create(weight, workers, input_owner=input_owner, value_bytes=1)
+        chance = density * (noise + (1 - noise) * workers * at_home)
+    return sparse.csr_array((rng.random((n, n)) < chance).astype(np.float64))

@@ -19,6 +19,7 @@ class Tiny:
     """All formulations at a size that brute force proves in a second."""
 
     name = "tiny"
+    requires: tuple[str, ...] = ()
     title = "Tiny problems of every formulation"
     description = (
         "4 to 8 neurons on 2 or 3 workers, with uneven capacities, link prices, value sizes, forbidden places, "

@@ -11,11 +11,14 @@ from repurpose_opt.problem import LayerProblem
 
 
 class Instance(NamedTuple):
-    """One thing to solve; `name` is unique within its test set."""
+    """One thing to solve; `name` is unique within its test set, `kind` a class that means are taken over."""
 
     name: str
     problem: LayerProblem
     formulation: Formulation
+    kind: str = ""
+    judge_once: bool = False
+    """Kept for the final comparison: nothing is tuned on it."""
 
 
 class TestSet(Protocol):
@@ -29,6 +32,8 @@ class TestSet(Protocol):
     """One line for tables and reports."""
     description: str
     """What the instances are, and what they are good for."""
+    requires: tuple[str, ...]
+    """Importable packages that its data come from."""
 
     def __len__(self) -> int:
         """How many instances there are, without building them."""
@@ -39,6 +44,6 @@ class TestSet(Protocol):
         ...
 
 
-def load_all() -> list[TestSet]:
-    """Every registered test set, by name. Raises SolverNotInstalled where one lacks a package."""
-    return [registry.load("testsets", name)() for name in registry.names("testsets")]
+def load_installed() -> list[TestSet]:
+    """Every registered test set whose packages are there, by name."""
+    return [registry.load("testsets", found.name)() for found in registry.registered("testsets") if found.installed]
