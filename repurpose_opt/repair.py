@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import sparse
 from scipy.linalg import LinAlgError, cholesky, solve_triangular
 
 from repurpose_opt.errors import InvalidArgument
@@ -99,6 +100,16 @@ def value_energy(problem: LayerProblem, owner: NDArray[np.int64]) -> NDArray[np.
     by_value = np.zeros((problem.n, problem.P))
     np.add.at(by_value, problem.column_value, by_column)
     return by_value
+
+
+def value_pins(problem: LayerProblem) -> Weight:
+    """e_ij, (m, n) csr_array: energy of neuron i's weights on value j, on the diagonal of C; zeros left out."""
+    entries = sparse.coo_array(column_energy(problem))
+    coordinates = (problem.row_neuron[entries.row], problem.column_value[entries.col])
+    pins = sparse.csr_array((entries.data.astype(np.float64), coordinates), shape=(problem.m, problem.n))
+    pins.sum_duplicates()
+    pins.eliminate_zeros()
+    return pins
 
 
 def sum_rows(problem: LayerProblem, by_row: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -81,6 +81,7 @@ def formulation_checks(formulation: Formulation) -> Iterator[tuple[str, Check]]:
         _check_select,
         _check_exactness_of_assignment,
         _check_exactness_of_selection,
+        _check_hypergraph,
     )
     for case in TINY_CASES:
         for case_check in each_case:
@@ -517,6 +518,25 @@ def _check_exactness_of_selection(formulation: Formulation, case: str) -> None:
         selected = formulation.objective(problem, owner, exchange, weight)
         least = least_objective_given(problem, formulation, owner)
         assert selected <= _above(least), f"selected {selected}, the least is {least}"
+
+
+def _check_hypergraph(formulation: Formulation, case: str) -> None:
+    """Where it says so, its cost is the objective of the selected transfers."""
+    problem = TINY_CASES[case]()
+    found = 0
+    for owner in _placements(problem)[:8]:
+        hypergraph = formulation.hypergraph(problem, owner)
+        if hypergraph is None or not hypergraph.is_exact:
+            continue
+        found += 1
+        exchange = formulation.select(problem, owner)
+        weight = formulation.repair(problem, owner, exchange)
+        objective = formulation.objective(problem, owner, exchange, weight)
+        assert np.isclose(hypergraph.cost(owner), objective, rtol=1e-6, atol=1e-9), (
+            f"the hypergraph costs {hypergraph.cost(owner)}, the objective is {objective}"
+        )
+    if not found:
+        raise _Unsupported("no hypergraph that is exact")
 
 
 def _check_formulation_mutates_nothing(formulation: Formulation) -> None:

@@ -16,7 +16,7 @@ ORDER = [
     {"isolation", "progress"},  # aside: they know nothing of the core but its errors
     {"moments"},
     {"problem"},
-    {"exchange"},
+    {"exchange", "hypergraph"},
     {"metrics"},
     {"repair"},
     {"formulation"},

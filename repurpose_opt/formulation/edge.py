@@ -11,6 +11,7 @@ from scipy import sparse
 
 from repurpose_opt.exchange import Exchange
 from repurpose_opt.formulation.protocol import Formulation, check_price
+from repurpose_opt.hypergraph import Hypergraph
 from repurpose_opt.metrics import had_columns
 from repurpose_opt.problem import LayerProblem, Weight
 from repurpose_opt.repair import sum_rows
@@ -100,6 +101,13 @@ class Edge(Formulation):
             worth = _energy(problem, rows) > by_worker[row_owner[rows]]
             np.multiply(problem.target_weight[rows], worth, out=kept[rows])
         return kept
+
+    def hypergraph(self, problem: LayerProblem, owner: NDArray[np.int64] | None = None) -> Hypergraph:
+        """No nets: what a neuron costs on a worker does not depend on the others."""
+        no_pins = sparse.csr_array((problem.m, problem.n))
+        cost = self.assignment_cost(problem, None, None)
+        free = np.zeros((problem.n, problem.P))
+        return Hypergraph(no_pins, free, keeps_all=False, is_exact=True, fixed_cost=cost)
 
     def selection_is_exact(self, problem: LayerProblem) -> bool:
         return True

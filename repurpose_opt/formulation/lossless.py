@@ -11,6 +11,7 @@ from scipy import sparse
 from repurpose_opt import metrics
 from repurpose_opt.exchange import Exchange
 from repurpose_opt.formulation.protocol import Formulation
+from repurpose_opt.hypergraph import Hypergraph
 from repurpose_opt.problem import LayerProblem, Weight
 
 
@@ -50,6 +51,9 @@ class Lossless(Formulation):
     ) -> tuple[str, ...]:
         missing = (problem.weight - weight).nnz if problem.is_sparse else np.count_nonzero(problem.weight != weight)
         return (f"{missing} weights differ from the original's",) if missing else ()
+
+    def hypergraph(self, problem: LayerProblem, owner: NDArray[np.int64] | None = None) -> Hypergraph:
+        return Hypergraph(incidence(problem), problem.transfer_price, keeps_all=True, is_exact=True)
 
     def selection_is_exact(self, problem: LayerProblem) -> bool:
         return True

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from repurpose_opt.errors import InvalidArgument
 from repurpose_opt.exchange import Exchange
+from repurpose_opt.hypergraph import Hypergraph
 from repurpose_opt.problem import LayerProblem, Weight
 from repurpose_opt.repair import restrict
 
@@ -46,6 +47,13 @@ class Formulation(Protocol):
     ) -> tuple[str, ...]:
         """Constraints of this formulation that a solution breaks, one line each."""
         return ()
+
+    def hypergraph(self, problem: LayerProblem, owner: NDArray[np.int64] | None = None) -> Hypergraph | None:
+        """The cost of placements as nets and pins; None where it is not of that form.
+
+        Where the costs depend on a limit (a budget), they are those that hold at `owner`; None without owners.
+        """
+        return None
 
     def selection_is_exact(self, problem: LayerProblem) -> bool:
         """Whether `select` is optimal for every owner vector of this problem."""

@@ -14,8 +14,9 @@ from repurpose_opt import metrics
 from repurpose_opt.errors import InvalidArgument
 from repurpose_opt.exchange import Exchange
 from repurpose_opt.formulation.protocol import Formulation, check_price
+from repurpose_opt.hypergraph import Hypergraph
 from repurpose_opt.problem import LayerProblem, Weight
-from repurpose_opt.repair import compensated_cost, corrected_bias, refit, value_energy
+from repurpose_opt.repair import compensated_cost, corrected_bias, refit, value_energy, value_pins
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,15 +71,24 @@ class Volume(Formulation):
 
     def select(self, problem: LayerProblem, owner: NDArray[np.int64]) -> Exchange:
         """Transfers by the energy of their weights on the diagonal of C, greatest gain a byte first."""
-        gain = value_energy(self.judged(problem), owner)
-        gain[~problem.remote] = 0.0
-        cost = problem.transfer_price if self.allowed_bytes(problem.direct_volume) is None else problem.transfer_bytes
-        with np.errstate(divide="ignore", invalid="ignore"):
-            rate = np.where(gain > 0, gain / cost, 0.0)
+        rate = self._rate(problem, owner)
         order = np.argsort(-rate, axis=None, kind="stable")[: np.count_nonzero(rate)]
         value, worker = np.unravel_index(order, rate.shape)
         ranked = zip(value, worker, rate.ravel()[order], strict=True)
         return self.take(problem, owner, ranked)
+
+    def _paid(self, problem: LayerProblem) -> NDArray[np.float64]:
+        """(n, P) what a transfer counts against the limit: bytes, or priced bytes."""
+        if self.allowed_bytes(problem.direct_volume) is None:
+            return problem.transfer_price
+        return problem.transfer_bytes.astype(np.float64)
+
+    def _rate(self, problem: LayerProblem, owner: NDArray[np.int64]) -> NDArray[np.float64]:
+        """(n, P) energy that a transfer saves for each byte or priced byte, on the diagonal of C."""
+        gain = value_energy(self.judged(problem), owner)
+        gain[~problem.remote] = 0.0
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(gain > 0, gain / self._paid(problem), 0.0)
 
     def take(
         self,
@@ -118,6 +128,27 @@ class Volume(Formulation):
             if not self._meets(reached):
                 return (f"NMSE {reached:.4g} is above max_nmse, {self.max_nmse:g}",)
         return ()
+
+    def hypergraph(self, problem: LayerProblem, owner: NDArray[np.int64] | None = None) -> Hypergraph | None:
+        """Energies on the diagonal of C as pins. A limit becomes the price a byte of its last transfer at `owner`."""
+        price = self.transfer_price
+        if price is None:
+            if owner is None:
+                return None
+            rate = self._rate(problem, owner)
+            price = float(rate[self.select(problem, owner).transfers].min(initial=np.inf))
+        judged = self.judged(problem)
+        pins = value_pins(judged)
+        energy = judged.output_weight @ judged.output_energy
+        with np.errstate(invalid="ignore"):
+            prices = np.where(problem.remote, price * self._paid(problem), 0.0)
+        return Hypergraph(
+            pins,
+            np.nan_to_num(prices, nan=0.0, posinf=np.inf),  # a free transfer is free at any price
+            keeps_all=False,
+            is_exact=self.transfer_price is not None and problem.moments.is_diagonal,
+            constant=float(energy - pins.sum()),
+        )
 
     def selection_is_exact(self, problem: LayerProblem) -> bool:
         if not problem.moments.is_diagonal:
