@@ -1,4 +1,4 @@
-"""Calls in a child process. The functions called are the standard library's: the child imports them by name."""
+"""Calls in a child process. The child imports the functions by name: the standard library's, or this file's."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import math
 import os
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from repurpose_opt import Edge, LayerProblem
-from repurpose_opt.isolation import DeadlinePassed, call
+from repurpose_opt.isolation import DeadlinePassed, call, last
 
 LONG = 60.0
 
@@ -73,3 +74,43 @@ def test_native_output_does_not_reach_the_answer() -> None:
 def test_large_arrays_pass_both_ways() -> None:
     sent = np.random.default_rng(0).normal(size=1_000_000)
     np.testing.assert_array_equal(call(np.sort, sent, time_limit=LONG), np.sort(sent))
+
+
+def counts_then_hangs(until: int) -> Iterator[int]:
+    yield from range(until)
+    time.sleep(60)
+
+
+def counts_then_dies(until: int) -> Iterator[int]:
+    yield from range(until)
+    os._exit(3)
+
+
+@pytest.fixture
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+
+
+@pytest.mark.usefixtures("importable")
+def test_the_last_answer_before_the_deadline_is_returned() -> None:
+    began = time.monotonic()
+    assert last(counts_then_hangs, 5, time_limit=4.0) == (4, False)
+    assert time.monotonic() - began < 30
+    assert last(range_of, 3, time_limit=60.0) == (2, True)
+    assert last(range_of, 3, time_limit=None) == (2, True)
+
+
+def range_of(until: int) -> Iterator[int]:
+    yield from range(until)
+
+
+@pytest.mark.usefixtures("importable")
+def test_no_answer_before_the_deadline_is_said() -> None:
+    with pytest.raises(DeadlinePassed, match="no answer after 2 s"):
+        last(counts_then_hangs, 0, time_limit=2.0)
+
+
+@pytest.mark.usefixtures("importable")
+def test_a_child_that_dies_between_answers_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="code 3"):
+        last(counts_then_dies, 2, time_limit=60.0)
