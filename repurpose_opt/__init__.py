@@ -9,6 +9,7 @@ from repurpose_opt.errors import RepurposeError
 from repurpose_opt.exchange import Exchange, Message
 from repurpose_opt.formulation import Edge, Formulation, Lossless, Volume
 from repurpose_opt.moments import Moments
+from repurpose_opt.network_solve import NetworkSolution, solve_network
 from repurpose_opt.problem import LayerProblem
 from repurpose_opt.solution import LayerSolution
 from repurpose_opt.solve import solve_layer
@@ -32,6 +33,7 @@ __all__ = [
     "Lossless",
     "Message",
     "Moments",
+    "NetworkSolution",
     "Partitioner",
     "Plan",
     "Pruner",
@@ -41,6 +43,7 @@ __all__ = [
     "Volume",
     "repurpose",
     "solve_layer",
+    "solve_network",
 ]
 
 _LOADED_ON_USE = {

@@ -17,6 +17,8 @@ class Hypergraph:
 
     on worker k a value is either sent, or the energy of its pins there is lost. With `keeps_all` nothing may be lost:
     the second sum is of price_jk wherever value j has a pin on worker k (connectivity λ−1 for prices of 1).
+    With communication "busiest" (`keeps_all` only) those prices are not added up over all: what counts is the largest
+    sum of a worker, over the values that it holds (sent) or over those that it receives.
     """
 
     pins: Any
@@ -29,6 +31,10 @@ class Hypergraph:
     fixed_cost: NDArray[np.float64] | None = None
     """(m, P) what neuron i costs on worker k whatever the others do; None for nothing."""
     constant: float = 0.0
+    communication: str = "total"
+    """"total" or "busiest"."""
+    input_owner: NDArray[np.int64] | None = None
+    """(n,) worker that holds each value; needed for "busiest" only."""
 
     @property
     def m(self) -> int:
@@ -50,4 +56,12 @@ class Hypergraph:
         held = np.asarray(self.pins.T @ np.eye(self.P)[owner])
         paid = np.where(held > 0, self.price, 0.0) if self.keeps_all else np.minimum(held, self.price)
         fixed = 0.0 if self.fixed_cost is None else self.fixed_cost[np.arange(self.m), owner].sum()
-        return float(self.constant + fixed + paid.sum())
+        return float(self.constant + fixed + self._communication(paid))
+
+    def _communication(self, paid: NDArray[np.float64]) -> float:
+        """What the transfers (n, P) with these prices cost together."""
+        if self.communication == "total":
+            return float(paid.sum())
+        assert self.input_owner is not None
+        sent = np.bincount(self.input_owner, paid.sum(axis=1), self.P)
+        return float(max(sent.max(), paid.sum(axis=0).max()))

@@ -39,8 +39,17 @@ def priced_volume(problem: LayerProblem, exchange: Exchange) -> float:
 
 def busiest(problem: LayerProblem, exchange: Exchange) -> int:
     """Max over workers of max(bytes sent, bytes received) for one sample."""
-    sent = traffic(problem, exchange)
-    return int(max(sent.sum(axis=1).max(), sent.sum(axis=0).max()))
+    return int(_most_of_a_worker(traffic(problem, exchange)))
+
+
+def priced_busiest(problem: LayerProblem, exchange: Exchange) -> float:
+    """Max over workers of max(Σ bytes · link_price sent, Σ bytes · link_price received) for one sample."""
+    return float(_most_of_a_worker(traffic(problem, exchange) * problem.link_price))
+
+
+def priced_communication(problem: LayerProblem, exchange: Exchange, communication: str) -> float:
+    """The priced volume where communication is "total", the priced busiest where it is "busiest"."""
+    return (priced_busiest if communication == "busiest" else priced_volume)(problem, exchange)
 
 
 def kept_columns(problem: LayerProblem, transfers: NDArray[np.bool_], worker: int) -> NDArray[np.int64]:
@@ -132,6 +141,11 @@ def weights_outside(problem: LayerProblem, owner: NDArray[np.int64], exchange: E
         entries = weight.tocoo()
         return int((missing[entries.col, row_owner[entries.row]] & (entries.data != 0)).sum())
     return sum(int(np.count_nonzero(weight[np.ix_(row_owner == k, missing[:, k])])) for k in range(problem.P))
+
+
+def _most_of_a_worker(traffic: NDArray[Any]) -> Any:
+    """Max over workers of max(row sum, column sum)."""
+    return max(traffic.sum(axis=1).max(), traffic.sum(axis=0).max())
 
 
 def _energy(problem: LayerProblem, ridge: float) -> NDArray[np.float64]:

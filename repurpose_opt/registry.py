@@ -46,15 +46,20 @@ def load(kind: str, name: str) -> Any:
 
     Raises UnknownSolver, SolverNotInstalled (with the command that installs it) or DuplicateSolver.
     """
-    found = _entry_points(kind)
-    if name not in found:
-        known = ", ".join(sorted(found)) or "none (run `pip install -e .`: entry points exist once installed)"
-        raise UnknownSolver(f"{kind[:-1]} {name!r} is unknown; known: {known}")
-    solver = found[name].load()
+    solver = load_class(kind, name)
     missing = _missing(solver)
     if missing:
         raise SolverNotInstalled(f"{kind[:-1]} {name!r} needs {', '.join(missing)}: {install_command(missing)}")
     return solver
+
+
+def load_class(kind: str, name: str) -> Any:
+    """The same, whether the packages that it needs are there or not."""
+    found = _entry_points(kind)
+    if name not in found:
+        known = ", ".join(sorted(found)) or "none (run `pip install -e .`: entry points exist once installed)"
+        raise UnknownSolver(f"{kind[:-1]} {name!r} is unknown; known: {known}")
+    return found[name].load()
 
 
 def is_installed(kind: str, name: str) -> bool:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from repurpose_opt import metrics, registry
+from repurpose_opt.auto import auto_partitioner, auto_pruner
 from repurpose_opt.errors import InvalidArgument, RepurposeError
 from repurpose_opt.exchange import Exchange
 from repurpose_opt.formulation import Formulation, Volume
@@ -72,7 +73,8 @@ def solve_layer(
     link_price     (P, P) or a number; default 1
     output_weight  (rows,) what a squared error of each row counts; default 1
     column_value, row_neuron   which value a column belongs to, which neuron a row does; default the identity
-    partitioner    a name from `repurpose-opt solvers`, a chain such as "flow+alternate", or "auto"
+    partitioner    a name from `repurpose-opt solvers`, "auto" (`repurpose_opt.auto` says what that is), or a chain
+                   such as "flow+alternate@0.3+local-search", where alternate has 0.3 of the time that is then left
     pruner         a name, or "auto"
     start          (m,) owners to start from; the answer is never worse
     time_limit     seconds for the whole solve; the incumbent is returned when it passes
@@ -127,8 +129,8 @@ def solve_problem(
         if not isinstance(name, str):
             raise InvalidArgument(argument, repr(name), "a name from `repurpose-opt solvers`")
     options = SolveOptions() if options is None else options
-    chain = auto_partitioner(problem, formulation) if partitioner == "auto" else partitioner
-    stages: list[Partitioner] = [registry.load("partitioners", name)() for name in chain.split("+")]
+    chain = auto_partitioner(problem, formulation, options.time_limit) if partitioner == "auto" else partitioner
+    stages = [_stage(part) for part in chain.split("+")]
     chosen = auto_pruner(problem, formulation) if pruner == "auto" else pruner
     with_pruner: Pruner = registry.load("pruners", chosen)()
     reason = with_pruner.supports(problem, formulation)
@@ -138,19 +140,16 @@ def solve_problem(
     return _Chain(problem, formulation, options, with_pruner).run(stages, _checked_start(problem, start))
 
 
-def auto_partitioner(problem: LayerProblem, formulation: Formulation) -> str:
-    """flow for Edge (munkres without OR-Tools, alternate for unequal loads), compensated for Volume, else alternate."""
-    if formulation.name == "volume":
-        return "compensated"
-    if formulation.assignment_is_exact and problem.has_equal_loads:
-        return "flow" if registry.is_installed("partitioners", "flow") else "munkres"
-    return "alternate"
-
-
-def auto_pruner(problem: LayerProblem, formulation: Formulation) -> str:
-    """group-omp for Volume, unless `select` is exact already; else threshold."""
-    greedy = formulation.name == "volume" and not formulation.selection_is_exact(problem)
-    return "group-omp" if greedy else "threshold"
+def _stage(part: str) -> tuple[Partitioner, float]:
+    """The partitioner and its share of the time that is left, of `NAME` or `NAME@SHARE`."""
+    name, at, share = part.partition("@")
+    try:
+        portion = float(share) if at else 1.0
+    except ValueError:
+        portion = 0.0
+    if not 0 < portion <= 1:
+        raise InvalidArgument("partitioner", repr(part), "NAME@SHARE with a share of the time in (0, 1]")
+    return registry.load("partitioners", name)(), portion
 
 
 def rank(solution: LayerSolution) -> tuple[bool, float]:
@@ -214,32 +213,32 @@ class _Chain:
         self.pruned: dict[bytes, Candidate] = {}
         self.out_of_time = False
 
-    def run(self, stages: list[Partitioner], start: NDArray[np.int64] | None) -> LayerSolution:
+    def run(self, stages: list[tuple[Partitioner, float]], start: NDArray[np.int64] | None) -> LayerSolution:
         if start is not None:
             self._keep("start", self._guarded("start", lambda: self._prune(start)), time.perf_counter())
         last = None
-        for stage in stages:
+        for stage, share in stages:
             if self.best is not None and self._proved():
                 break
             if self.best is not None and self.deadline.passed:
                 self.out_of_time = True
                 break
             began = time.perf_counter()
-            last = self._keep(stage.name, self._ask(stage), began)
-            if last.termination is Termination.INFEASIBLE:
+            last = self._keep(stage.name, self._ask(stage, share), began)
+            if last.termination is Termination.INFEASIBLE and self.best is None:
                 break
         return self._result(last)
 
-    def _ask(self, stage: Partitioner) -> Candidate:
+    def _ask(self, stage: Partitioner, share: float) -> Candidate:
         reason = stage.supports(self.problem, self.formulation)
         if reason is not None:
             return Candidate(Termination.UNSUPPORTED, message=f"{stage.name}: {reason}")
-        return self._guarded(stage.name, lambda: self._complete(stage))
+        return self._guarded(stage.name, lambda: self._complete(stage, share))
 
-    def _complete(self, stage: Partitioner) -> Candidate:
+    def _complete(self, stage: Partitioner, share: float) -> Candidate:
         """The stage's candidate, its exchange chosen by the pruner if it left that open."""
         start = None if self.best is None else self.best.owner
-        candidate = stage.solve(self.problem, self.formulation, self._options(), start, self._prune)
+        candidate = stage.solve(self.problem, self.formulation, self._options(share), start, self._prune)
         if candidate.owner is not None and candidate.exchange is None:
             pruned = self._prune(candidate.owner)
             termination = candidate.termination
@@ -305,9 +304,9 @@ class _Chain:
         assert self.best is not None
         return self.options.relative_gap * max(abs(self.best.objective), 1e-12)
 
-    def _options(self) -> SolveOptions:
+    def _options(self, share: float = 1.0) -> SolveOptions:
         left = self.deadline.remaining
-        return replace(self.options, time_limit=None if left is None else max(left, 1e-3))
+        return replace(self.options, time_limit=None if left is None else max(share * left, 1e-3))
 
     def _prune(self, owner: NDArray[np.int64]) -> Candidate:
         owner = np.array(owner)  # a copy: a local search changes its array in place

@@ -89,7 +89,7 @@ def formulation_checks(formulation: Formulation) -> Iterator[tuple[str, Check]]:
 
 
 def standard_formulations() -> dict[str, Formulation]:
-    """The formulations that a backend is checked on: every kind, and every mode of Volume."""
+    """The formulations that a backend is checked on: every kind, every mode of Volume, and the busiest worker."""
     return {
         "edge": Edge(weight_price=0.05, transfer_price=0.02),
         "volume-price": Volume(transfer_price=0.04),
@@ -97,6 +97,10 @@ def standard_formulations() -> dict[str, Formulation]:
         "volume-bytes": Volume(budget_bytes=9),
         "volume-nmse": Volume(max_nmse=0.15),
         "lossless": Lossless(),
+        "edge-busiest": Edge(weight_price=0.05, transfer_price=0.1, communication="busiest"),
+        "volume-busiest-price": Volume(transfer_price=0.08, communication="busiest"),
+        "volume-busiest-budget": Volume(budget=0.5, communication="busiest"),
+        "lossless-busiest": Lossless(communication="busiest"),
     }
 
 

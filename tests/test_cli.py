@@ -17,7 +17,9 @@ import pytest
 from scipy import io, sparse
 
 import repurpose_opt
-from repurpose_opt import Edge, Volume, cli, solve_layer
+from repurpose_opt import Edge, LayerProblem, Lossless, Volume, cli, solve_layer
+from repurpose_opt.formats import write_hgr, write_metis, write_mps
+from repurpose_opt.linear_model import linear_model
 
 COMMAND = (sys.executable, "-m", "repurpose_opt.cli")
 Run = Callable[..., tuple[int, str, str]]
@@ -78,7 +80,7 @@ def test_help_explains_every_option(parser: argparse.ArgumentParser, run: Run) -
 
 def test_verbs() -> None:
     verbs = [parser.prog for parser in parsers(cli._parser())]
-    expected = ["", " demo", " solve", " solvers", " bench", " bench list"]
+    expected = ["", " demo", " solve", " export", " solvers", " bench", " bench list"]
     assert verbs == [f"repurpose-opt{verb}" for verb in expected]
 
 
@@ -112,6 +114,11 @@ def test_version(run: Run) -> None:
         ("solve", "layer.npy", "--workers", "2", "--formulation", "lossless", "--budget", "0.1"),
         ("solve", "layer.npy", "--workers", "2", "--formulation", "volume", "--weight-price", "1"),
         ("solve", "layer.npy", "--workers", "2", "--output", "layer.npy"),
+        ("solve", "layer.npy", "--workers", "2", "--rebalance"),
+        ("solve", "layer.npy", "--workers", "2", "--read-partition", "p", "--start", "s.npy"),
+        ("export", "layer.npy", "--workers", "2"),
+        ("export", "layer.npy", "--workers", "2", "--to", "nonsense"),
+        ("export", "layer.npy", "--workers", "2", "--to", "hgr", "--output", "layer.npy"),
         ("demo", "--budget", "2"),
         ("demo", "--seeds", "0"),
     ],
@@ -128,7 +135,7 @@ def test_interrupt_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch, weight
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "solve_layer", interrupted)
+    monkeypatch.setattr("repurpose_opt.cli.solve.solve_problem", interrupted)
     assert run("solve", "layer.npy", "--workers", 2) == (130, "", "repurpose-opt: interrupted\n")
 
 
@@ -180,7 +187,7 @@ def test_bench_list(run: Run) -> None:
     assert (code, err) == (0, "")
     found = {entry["name"]: entry for entry in json.loads(out)}
     assert {"tiny", "edge-random", "lossless-random"} <= set(found)
-    assert all(set(entry) == {"name", "title", "description", "instances"} for entry in found.values())
+    assert all(set(entry) == {"name", "title", "description", "instances", "install"} for entry in found.values())
     assert all(isinstance(entry["instances"], int) and entry["instances"] > 0 for entry in found.values())
     code, out, err = run("bench", "list")
     assert (code, err) == (0, "")
@@ -277,7 +284,7 @@ def test_formulation_follows_from_the_options(
 ) -> None:
     code, out, _ = run("solve", "layer.npy", "--workers", 2, *options, "--json")
     assert code == 0
-    assert json.loads(out)["formulation"] == formulation
+    assert json.loads(out)["formulation"] == {"communication": "total", **formulation}
 
 
 def test_solve_uses_all_its_files(run: Run, weight: np.ndarray) -> None:
@@ -436,10 +443,164 @@ def test_solution_that_breaks_a_limit_is_written_and_fails(
 ) -> None:
     sends_much = solve_layer(weight, 2, formulation=Volume(budget=1.0))
     broken = replace(sends_much, formulation=Volume(budget=0.0))
-    monkeypatch.setattr(cli, "solve_layer", lambda *_, **__: broken)
+    monkeypatch.setattr("repurpose_opt.cli.solve.solve_problem", lambda *_, **__: broken)
     code, out, err = run("solve", "layer.npy", "--workers", 2, "--budget", 0, "--json")
     assert code == 1
     assert "above the budget" in json.loads(out)["violations"][0]
     assert err.startswith("repurpose-opt: error: the solution is not valid: volume ")
     assert err.count("\n") == 1
     assert Path("layer.npy.solution.npz").exists()
+
+
+# --- export, and reading an answer back
+
+
+LOSSLESS = ("layer.npy", "--workers", 3, "--formulation", "lossless")
+
+
+@pytest.mark.usefixtures("weight")
+def test_export_writes_what_the_library_writes(run: Run, weight: np.ndarray) -> None:
+    problem = LayerProblem.create(weight, 3)
+    hypergraph = Lossless().hypergraph(problem)
+    writers: dict[str, Callable[[str], Any]] = {
+        "hgr": lambda path: write_hgr(path, problem, hypergraph),
+        "metis": lambda path: write_metis(path, problem, hypergraph),
+        "mps": lambda path: write_mps(path, linear_model(problem, hypergraph)),
+    }
+    for kind, write in writers.items():
+        code, out, err = run("export", *LOSSLESS, "--to", kind, "--output", "written", "--json")
+        assert (code, err) == (0, "")
+        figures = json.loads(out)
+        expected = write("expected")
+        assert figures["files"] == [file.name.replace("expected", "written") for file in expected.files]
+        for name, file in zip(figures["files"], expected.files, strict=True):
+            assert Path(name).read_bytes() == file.read_bytes()
+        assert figures.items() >= expected.size.items()
+        assert (figures["format"], figures["is_exact"], figures["unit"]) == (kind, expected.is_exact, expected.unit)
+
+
+@pytest.mark.usefixtures("weight")
+def test_export_names_and_prints_its_files(run: Run) -> None:
+    names = {"hgr": [".hgr", ".hgr.fix", ".hgr.targets"], "metis": [".graph", ".graph.tpwgts"], "mps": [".mps"]}
+    for kind, suffixes in names.items():
+        code, out, err = run("export", *LOSSLESS, "--to", kind, "--min-load", 1)
+        assert (code, err) == (0, "")
+        for suffix in suffixes:
+            assert f"layer.npy{suffix}" in out.split()
+            assert Path(f"layer.npy{suffix}").is_file()
+        assert ("left out" in out) == (kind != "mps")
+
+
+def test_export_takes_the_whole_instance(run: Run, weight: np.ndarray) -> None:
+    arrays: dict[str, Any] = {
+        "input_owner": np.arange(10) % 2,
+        "load": 1 + np.arange(12) % 2,
+        "allowed": np.arange(24).reshape(12, 2) != 5,
+        "value_bytes": np.arange(10),
+        "link_price": np.array([[0, 2], [3, 0]]),
+    }
+    options: list[object] = []
+    for name, array in arrays.items():
+        np.save(f"{name}.npy", array)
+        options += [f"--{name.replace('_', '-')}", f"{name}.npy"]
+    command = ("export", "layer.npy", "--workers", 2, "--to", "mps", "--transfer-price", 0.1, "--output", "written.mps")
+    assert run(*command, *options, "--capacity", "12,9", "--min-load", "0,3")[0] == 0
+    problem = LayerProblem.create(weight, 2, **arrays, capacity=[12, 9], min_load=[0, 3])
+    hypergraph = Volume(transfer_price=0.1).hypergraph(problem)
+    assert hypergraph is not None
+    write_mps("expected.mps", linear_model(problem, hypergraph))
+    assert Path("written.mps").read_bytes() == Path("expected.mps").read_bytes()
+
+
+def test_export_of_a_budget(run: Run, weight: np.ndarray) -> None:
+    command = ("export", "layer.npy", "--workers", 2, "--budget-bytes", 12)
+    code, out, _ = run(*command, "--to", "mps", "--json")
+    assert (code, json.loads(out)["is_exact"]) == (0, True)
+    assert " 12.0" in Path("layer.npy.mps").read_text()
+    message = failed(*run(*command, "--to", "hgr"))
+    assert "--formulation: got volume, whose costs are no sum over values and neurons as given" in message
+    np.save("start.npy", np.arange(12) % 2)
+    code, out, _ = run(*command, "--to", "hgr", "--start", "start.npy", "--json")
+    assert (code, json.loads(out)["is_exact"]) == (0, False)
+    np.save("start.npy", np.zeros(12, dtype=int))
+    assert "--start: got worker 0 holds load 12" in failed(*run(*command, "--to", "hgr", "--start", "start.npy"))
+
+
+def test_correlated_inputs_are_no_exact_model(run: Run, weight: np.ndarray) -> None:
+    np.save("x.npy", np.random.default_rng(0).normal(size=(50, 10)))
+    for price in (("--transfer-price", 0.1), ("--budget", 0.3)):
+        _, out, _ = run("export", "layer.npy", "--workers", 2, "--inputs", "x.npy", *price, "--to", "mps", "--json")
+        assert json.loads(out)["is_exact"] is False
+
+
+@pytest.mark.usefixtures("weight")
+def test_a_partition_is_judged_as_it_stands(run: Run, weight: np.ndarray) -> None:
+    owner = np.random.default_rng(3).permutation(np.arange(12) % 3)
+    terminals = [2, 0, 1]
+    Path("answer.part").write_text("\n".join(map(str, [*np.array(terminals)[owner], *terminals])))
+    for options, formulation in ((LOSSLESS, Lossless()), (("layer.npy", "--workers", 3), Volume(budget=0.1))):
+        code, out, err = run("solve", *options, "--read-partition", "answer.part", "--json")
+        assert (code, err) == (0, "")
+        figures = json.loads(out)
+        expected = solve_layer(weight, 3, formulation=formulation, partitioner="contiguous", start=owner)
+        assert (figures["partitioner"], figures["partition_file"], figures["rebalanced"]) == ("file", "answer.part", 0)
+        assert figures["stages"][0]["objective"] == expected.stats["stages"][0]["objective"] == figures["objective"]
+        assert (figures["termination"], len(figures["stages"])) == ("heuristic", 1)
+        with np.load("layer.npy.solution.npz") as written:
+            np.testing.assert_array_equal(written["owner"], owner)
+
+
+@pytest.mark.usefixtures("weight")
+def test_a_partition_is_improved_on_demand(run: Run) -> None:
+    Path("answer.part").write_text("0\n1\n2\n" * 4)
+    command = ("solve", "layer.npy", "--workers", 3, "--transfer-price", 0.2, "--read-partition", "answer.part")
+    _, out, _ = run(*command, "--json")
+    before = json.loads(out)["objective"]
+    code, out, err = run(*command, "--partitioner", "alternate", "--json")
+    assert (code, err) == (0, "")
+    figures = json.loads(out)
+    assert [stage["stage"] for stage in figures["stages"]] == ["start", "alternate"]
+    assert figures["stages"][0]["objective"] == before > figures["objective"]
+    assert (figures["partitioner"], figures["partition_file"]) == ("alternate", "answer.part")
+
+
+@pytest.mark.usefixtures("weight")
+def test_an_unbalanced_partition_is_refused_or_moved(run: Run) -> None:
+    Path("answer.part").write_text("0\n" * 6 + "1\n" * 4 + "2\n" * 2)
+    command = ("solve", *LOSSLESS, "--read-partition", "answer.part")
+    message = "--read-partition: got answer.part: worker 0 holds load 6, above its capacity 4; allowed: a valid one, or"
+    assert message in failed(*run(*command))
+    assert not Path("layer.npy.solution.npz").exists()
+    code, out, err = run(*command, "--rebalance", "--json")
+    assert (code, err) == (0, "")
+    figures = json.loads(out)
+    assert (figures["rebalanced"], figures["violations"], figures["neurons_per_worker"]) == (2, [], [4, 4, 4])
+    assert "2 neurons moved from where answer.part has them" in run(*command, "--rebalance")[1]
+
+
+@pytest.mark.usefixtures("weight")
+def test_a_wrong_block_and_a_forbidden_place_are_named(run: Run) -> None:
+    allowed = np.ones((12, 3), dtype=bool)
+    allowed[4, 1] = False
+    np.save("allowed.npy", allowed)
+    Path("answer.part").write_text("0\n1\n2\n" * 4)
+    command = ("solve", *LOSSLESS, "--allowed", "allowed.npy", "--read-partition", "answer.part")
+    assert "answer.part: neuron 4 is on worker 1, which is not allowed" in failed(*run(*command))
+    assert run(*command, "--rebalance")[0] == 0
+    Path("answer.part").write_text("0\n1\n7\n" * 4)
+    assert "answer.part, line 3: '7'; allowed: a block, 0 … 2" in failed(*run(*command))
+
+
+def test_solution_of_a_mip_solver_is_read_back(run: Run, weight: np.ndarray) -> None:
+    highspy = pytest.importorskip("highspy")
+    command = ("layer.npy", "--workers", 2, "--transfer-price", 0.5)
+    assert run("export", *command, "--to", "mps", "--output", "layer.mps")[0] == 0
+    solver = highspy.Highs()
+    solver.setOptionValue("output_flag", False)
+    solver.setOptionValue("mip_rel_gap", 0.0)
+    solver.readModel("layer.mps")
+    assert "kOk" in str(solver.run())
+    solver.writeSolution("layer.sol", 0)
+    code, out, err = run("solve", *command, "--read-partition", "layer.sol", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["objective"] == pytest.approx(solver.getInfo().objective_function_value)

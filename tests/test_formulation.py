@@ -9,13 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import BLOCKS, random_layer, random_owner
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import sparse
 
 from repurpose_opt import Edge, Exchange, Formulation, LayerProblem, Lossless, Moments, Volume, metrics
 from repurpose_opt.formulation import incidence
+from repurpose_opt.formulation.busiest import Ranking, direct_busiest, pressure
 from repurpose_opt.problem import dense
 from repurpose_opt.repair import value_energy
-from repurpose_opt.testing import random_problem
+from repurpose_opt.solve import solve_problem
+from repurpose_opt.testing import correlated_samples, least_objective_given, random_problem
 
 PRICES = np.array([[0.0, 0.3, 2.0], [1.0, 0.0, 0.5], [0.2, 4.0, 0.0]])
 
@@ -220,3 +224,228 @@ def test_the_budget_in_bytes(arguments: dict[str, float], allowed: float | None)
 def test_a_fraction_that_is_whole_bytes_but_for_rounding_counts_as_whole(share: float):
     problem = random_problem(m=6, n=100, P=2, value_bytes=1)
     assert Volume(budget=share).allowed_bytes(problem.direct_volume) == round(share * 100)
+
+
+# ------------------------------------------------------------------------------------------ the busiest worker
+
+
+def lopsided(seed: int, m: int = 24, n: int = 20, P: int = 4, density: float = 0.3, **arguments: Any) -> LayerProblem:
+    """Most values are held by the first workers, so that these send most."""
+    random = np.random.default_rng(seed)
+    owner = np.minimum((P * random.random(n) ** 2).astype(int), P - 1)
+    weight = random.normal(size=(m, n)) * (random.random((m, n)) < density)
+    sizes = random.integers(1, 9, n)
+    return random_problem(seed, m, n, P, weight=weight, input_owner=owner, value_bytes=sizes, **arguments)
+
+
+def busiest_by_hand(problem: LayerProblem, transfers: np.ndarray, priced: bool) -> float:
+    sent, received = np.zeros(problem.P), np.zeros(problem.P)
+    for j, k in np.argwhere(transfers):
+        source = problem.input_owner[j]
+        amount = problem.value_bytes[j] * (problem.link_price[source, k] if priced else 1)
+        sent[source] += amount
+        received[k] += amount
+    return float(max(sent.max(), received.max()))
+
+
+@pytest.mark.parametrize("create", [Edge, Lossless, lambda **given: Volume(budget=0.1, **given)])
+def test_communication_is_total_or_busiest(create: Any):
+    assert create().communication == "total"
+    assert create(communication="busiest").communication == "busiest"
+    for wrong in ("volume", "", None, 1):
+        with pytest.raises(ValueError, match=r"communication: got .*'total' or 'busiest'"):
+            create(communication=wrong)
+
+
+@each_layer
+def test_with_busiest_the_objective_charges_the_busiest_worker_once_a_transfer(arguments: dict[str, Any]):
+    problem = random_layer(seed=1, **arguments).problem
+    owner = random_owner(problem)
+    edge = Edge(weight_price=0.1, transfer_price=0.05, communication="busiest")
+    exchange, weight, objective = solve_for(problem, edge, owner)
+    target, full = dense(problem.target_weight), dense(weight)
+    variance = problem.moments.variance
+    error = (problem.output_weight[:, None] * variance * np.square(target - full)).sum()
+    price = busiest_by_hand(problem, exchange.transfers, priced=True)
+    assert objective == pytest.approx(error + 0.1 * np.count_nonzero(full) + 0.05 * price, rel=1e-9)
+    worth = problem.output_weight[:, None] * variance * np.square(target) > 0.1
+    has = (exchange.transfers | ~problem.remote)[problem.column_value][:, owner[problem.row_neuron]].T
+    np.testing.assert_allclose(full, np.where(worth & has, target, 0.0), rtol=1e-12)
+    volume = Volume(transfer_price=0.05, communication="busiest")
+    exchange, weight, objective = solve_for(problem, volume, owner)
+    price = busiest_by_hand(problem, exchange.transfers, priced=True)
+    assert objective == pytest.approx(metrics.weighted_error(problem, owner, weight) + 0.05 * price)
+    volume = Volume(max_nmse=0.3, communication="busiest")
+    assert volume.objective(problem, owner, exchange, weight) == price
+    exchange, _, objective = solve_for(problem, Lossless(communication="busiest"), owner)
+    assert objective == busiest_by_hand(problem, exchange.transfers, priced=True)
+    assert (exchange.transfers == Lossless().select(problem, owner).transfers).all()
+
+
+def test_with_busiest_what_is_not_proved_is_not_claimed():
+    problem = random_layer(seed=1).problem
+    diagonal = replace(problem, moments=Moments.identity(problem.columns))
+    for formulation in (Edge(communication="busiest"), Volume(transfer_price=0.1, communication="busiest")):
+        assert not formulation.assignment_is_exact
+        assert not formulation.selection_is_exact(diagonal)
+        assert formulation.hypergraph(diagonal, random_owner(diagonal)) is None
+    assert Edge().assignment_is_exact
+    assert Lossless(communication="busiest").selection_is_exact(diagonal)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_hypergraph_of_lossless_costs_the_busiest_worker(seed: int):
+    problem = lopsided(seed, link_price=np.random.default_rng(seed).uniform(0, 2, (4, 4)))
+    formulation = Lossless(communication="busiest")
+    owner = random_owner(problem, seed)
+    expected = solve_for(problem, formulation, owner)[2]
+    assert formulation.hypergraph(problem).cost(owner) == pytest.approx(expected)
+    assert expected < Lossless().hypergraph(problem).cost(owner)
+
+
+@given(st.integers(0, 10**6), st.integers(1, 40), st.integers(2, 5), st.floats(0, 1), st.booleans())
+def test_filling_under_a_cap_is_the_greedy_one_by_one(seed: int, n: int, P: int, share: float, equal: bool):
+    random = np.random.default_rng(seed)
+    sizes = 3 if equal else random.integers(0, 9, n)
+    problem = random_problem(seed, 4, n, P, input_owner=random.integers(0, P, n), value_bytes=sizes)
+    gain = np.where(problem.remote, random.random((n, P)), 0.0)
+    ranking = Ranking.of_gains(gain, problem.transfer_price)
+    cap = np.floor(share * direct_busiest(problem))
+    left, expected = np.full((2, P), cap), []
+    for j, k, size in zip(ranking.value, ranking.worker, ranking.size, strict=True):
+        source = problem.input_owner[j]
+        expected.append(bool(size <= left[0, source] and size <= left[1, k]))
+        if expected[-1]:
+            left[0, source] -= size
+            left[1, k] -= size
+    assert ranking.fill(problem, cap).tolist() == expected
+
+
+def test_direct_s_busiest_worker():
+    """Worker 0 holds three values of 2 bytes, worker 1 one of 5; worker 2 holds none, worker 3 takes no neuron."""
+    problem = random_problem(m=6, n=4, P=4, input_owner=[0, 0, 0, 1], value_bytes=[2, 2, 2, 5], capacity=[2, 2, 2, 0])
+    assert direct_busiest(problem) == max(3 * 2 * 2, 5 * 2, 5, 6, 3 * 2 + 5)
+    assert Volume(budget=0.5, communication="busiest").limit(problem) == 6
+    assert Volume(budget_bytes=7, communication="busiest").limit(problem) == 7
+    assert Volume(budget=0.5).limit(problem) == problem.direct_volume // 2
+
+
+@pytest.mark.parametrize("pruner", ["threshold", "group-omp"])
+@pytest.mark.parametrize("correlated", [False, True])
+def test_a_budget_of_the_busiest_worker_is_hard_and_filled(pruner: str, correlated: bool):
+    moments = Moments.from_samples(correlated_samples(20, count=80)) if correlated else None
+    problem = lopsided(3, density=0.8, moments=moments)
+    errors = []
+    for budget in (0.0, 0.1, 0.3, 0.6, 1.0):
+        formulation = Volume(budget=budget, communication="busiest")
+        solution = solve_problem(problem, formulation, partitioner="contiguous", pruner=pruner).require()
+        allowed = np.floor(budget * direct_busiest(problem) + 1e-9)
+        assert solution.busiest <= allowed
+        assert solution.violations == ()
+        sent = np.bincount(problem.input_owner, (solution.transfers * problem.transfer_bytes).sum(axis=1), problem.P)
+        received = (solution.transfers * problem.transfer_bytes).sum(axis=0)
+        energy = value_energy(problem, solution.owner)
+        for j, k in np.argwhere(problem.remote & ~solution.transfers & (energy > 1e-9)):
+            size = problem.value_bytes[j]
+            assert sent[problem.input_owner[j]] + size > allowed or received[k] + size > allowed, "it would still fit"
+        errors.append(solution.objective)
+    assert errors == sorted(errors, reverse=True)
+    everything = Exchange.of_transfers(problem.remote, problem.input_owner)
+    broken = Volume(budget=0.3, communication="busiest").violations(problem, solution.owner, everything, problem.weight)
+    assert "busiest" in broken[0]
+
+
+BUSIEST = {
+    "edge": lambda price: Edge(weight_price=0.05, transfer_price=price, communication="busiest"),
+    "volume": lambda price: Volume(transfer_price=price, communication="busiest"),
+}
+
+
+@pytest.mark.parametrize("create", BUSIEST.values(), ids=BUSIEST)
+def test_transfers_under_a_price_of_the_busiest_worker_are_close_to_the_best(create: Any):
+    ratios = []
+    for seed in range(8):
+        problem = random_problem(seed, m=6, n=4, P=3, input_owner=[0, 0, 0, 1], value_bytes=[3, 1, 4, 2])
+        owner = random_owner(problem, seed)
+        for price in (0.0, 0.05, 0.2, 0.5, 100.0):
+            least = least_objective_given(problem, create(price), owner)
+            found = solve_for(problem, create(price), owner)[2]
+            assert found >= least * (1 - 1e-9)
+            ratios.append(found / least if least > 1e-9 else 1.0 + found)
+    assert np.mean(ratios) < 1.01
+    assert max(ratios) < 1.15
+
+
+@pytest.mark.parametrize("create", BUSIEST.values(), ids=BUSIEST)
+def test_what_is_free_beside_the_busiest_worker_is_sent(create: Any):
+    """Worker 0 must send much anyway; worker 1's only value adds nothing to the busiest."""
+    weight = np.ones((4, 5))
+    problem = random_problem(weight=weight, P=2, input_owner=[0, 0, 0, 0, 1], value_bytes=1, capacity=2)
+    owner = np.array([0, 0, 1, 1])
+    transfers = create(0.4).select(problem, owner).transfers
+    assert transfers.sum() == 5
+    assert create(100.0).select(problem, owner).transfers.sum() == 0
+
+
+@pytest.mark.parametrize("pruner", ["threshold", "group-omp"])
+def test_max_nmse_is_met_with_a_less_busy_worker_than_by_volume(pruner: str):
+    problem = lopsided(5, density=0.8, moments=Moments.from_samples(correlated_samples(20, count=80)))
+    for max_nmse in (0.05, 0.2):
+        by_volume, by_busiest = (
+            solve_problem(problem, formulation, partitioner="contiguous", pruner=pruner).require()
+            for formulation in (Volume(max_nmse=max_nmse), Volume(max_nmse=max_nmse, communication="busiest"))
+        )
+        assert by_busiest.violations == ()
+        assert by_busiest.nmse <= max_nmse
+        assert by_busiest.busiest < by_volume.busiest
+
+
+def test_the_weights_of_the_workers_follow_their_load_and_add_up_to_1():
+    problem = lopsided(6)
+    none = pressure(problem, np.zeros((problem.n, problem.P), dtype=bool))
+    np.testing.assert_allclose(none, 1 / problem.P)
+    transfers = problem.remote & (problem.input_owner[:, None] == 0)
+    weights = pressure(problem, transfers)
+    assert weights[problem.input_owner == 0].min() > weights[problem.input_owner != 0].max()
+    j, other = (int(np.flatnonzero(problem.input_owner == k)[0]) for k in (0, 1))
+    by_sender = weights[j] - weights[other]
+    np.testing.assert_allclose(by_sender, by_sender[0])
+
+
+@pytest.mark.parametrize("partitioner", ["alternate", "compensated"])
+def test_alternating_lowers_what_the_busiest_worker_costs(partitioner: str):
+    formulations: list[Formulation] = [Volume(transfer_price=0.5, communication="busiest")]
+    if partitioner == "alternate":
+        formulations += [Edge(transfer_price=0.5, communication="busiest"), Lossless(communication="busiest")]
+    for formulation in formulations:
+        ratios = []
+        for seed in range(4):
+            problem = lopsided(seed, m=48, n=40, density=0.1)
+            start = solve_problem(problem, formulation, partitioner="random")
+            better = solve_problem(problem, formulation, partitioner=partitioner, start=start.owner)
+            assert better.objective <= start.objective
+            ratios.append(better.objective / start.objective)
+        assert np.mean(ratios) < 0.9, formulation
+
+
+def test_alternating_on_the_busiest_worker_beats_alternating_on_the_volume():
+    ratios = []
+    for seed in range(6):
+        problem = lopsided(seed, m=64, n=64, density=0.05)
+        on_volume = solve_problem(problem, Lossless(), partitioner="alternate")
+        on_busiest = solve_problem(problem, Lossless(communication="busiest"), partitioner="alternate")
+        ratios.append(on_busiest.busiest / on_volume.busiest)
+    assert np.mean(ratios) < 0.9
+
+
+def test_a_whole_network_takes_no_limit_on_its_busiest_worker():
+    torch = pytest.importorskip("torch")
+    from repurpose_opt.network.repurpose import repurpose
+
+    model, inputs = torch.nn.Sequential(torch.nn.Linear(4, 3)), torch.randn(8, 4)
+    for limit in ({"budget": 0.1}, {"budget_bytes": 8}, {"max_nmse": 0.1}):
+        with pytest.raises(ValueError, match=r"formulation: got Volume.*busiest.*transfer_price"):
+            repurpose(model, inputs[:1], 2, data=inputs, formulation=Volume(**limit, communication="busiest"))
+    price = Volume(transfer_price=0.1, communication="busiest")
+    labels = torch.randint(0, 3, (8,))
+    assert repurpose(model, inputs[:1], 2, data=(inputs, labels), formulation=price).volume >= 0

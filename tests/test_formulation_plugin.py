@@ -9,8 +9,9 @@ import pytest
 from numpy.typing import NDArray
 
 from repurpose_opt import Exchange, Formulation, LayerProblem, Termination
+from repurpose_opt.auto import auto_partitioner, auto_pruner
 from repurpose_opt.formulation import incidence
-from repurpose_opt.solve import auto_partitioner, auto_pruner, solve_problem
+from repurpose_opt.solve import solve_problem
 from repurpose_opt.testing import check_formulation, least_objective, partitioner_checks, pruner_checks, random_problem
 
 SERVES_ALL = ["contiguous", "random", "brute-force", "munkres", "flow", "alternate"]

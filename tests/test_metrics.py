@@ -112,6 +112,12 @@ def test_volume_counts_every_transfer_once(seed: int, m: int, n: int, P: int):
     out = [sum(size[j] for j, source, _ in messages if source == k) for k in range(P)]
     into = [sum(size[j] for j, _, target in messages if target == k) for k in range(P)]
     assert metrics.busiest(problem, exchange) == max(out + into)
+    price = problem.link_price
+    out = [sum(size[j] * price[k, target] for j, source, target in messages if source == k) for k in range(P)]
+    into = [sum(size[j] * price[source, k] for j, source, target in messages if target == k) for k in range(P)]
+    assert metrics.priced_busiest(problem, exchange) == pytest.approx(max(out + into))
+    assert metrics.priced_communication(problem, exchange, "busiest") == metrics.priced_busiest(problem, exchange)
+    assert metrics.priced_communication(problem, exchange, "total") == metrics.priced_volume(problem, exchange)
     assert (exchange.transfers == transfers).all()
 
 
@@ -134,6 +140,8 @@ FORMULATIONS: tuple[Formulation, ...] = (
     Volume(transfer_price=0.03),
     Volume(budget=0.5),
     Lossless(),
+    Volume(budget=0.5, communication="busiest"),
+    Lossless(communication="busiest"),
 )
 
 

@@ -47,7 +47,7 @@ def test_what_comes_with_the_package_is_registered():
 @pytest.mark.parametrize("kind", ["partitioners", "pruners"])
 def test_entries_carry_the_name_that_they_are_registered_under(kind: str):
     for name in registry.names(kind):
-        backend = registry.load(kind, name)()
+        backend = registry.load_class(kind, name)()
         assert backend.name == name
         assert isinstance(backend.requires, tuple)
 
@@ -56,8 +56,8 @@ def test_entries_carry_the_name_that_they_are_registered_under(kind: str):
 def test_every_entry_is_described(kind: str):
     for entry in registry.registered(kind):
         assert entry.kind == kind[:-1]
-        assert entry.installed
-        assert entry.install is None
+        assert entry.installed or entry.name == "kahypar"  # GPL: never a dependency
+        assert (entry.install is None) == entry.installed
         assert 20 < len(entry.summary) < 120
         assert entry.summary == entry.summary.strip()
 

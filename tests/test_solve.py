@@ -29,11 +29,10 @@ from repurpose_opt import (
     Termination,
     Volume,
     metrics,
-    registry,
     solve_layer,
 )
 from repurpose_opt.errors import NoSolution
-from repurpose_opt.solve import auto_partitioner, auto_pruner, solve_problem
+from repurpose_opt.solve import solve_problem
 from repurpose_opt.solver import Deadline, Prune
 from repurpose_opt.testing import random_problem, registered
 
@@ -559,20 +558,6 @@ def test_the_figures_are_those_of_the_metrics():
     assert solution.objective == pytest.approx(metrics.weighted_error(problem, owner, weight))
     assert solution.gap is None
     assert solution.stats["ridge"] == problem.moments.ridge > 0
-
-
-def test_auto_choices(monkeypatch: pytest.MonkeyPatch):
-    full, unequal = random_layer().problem, random_problem(load=[1, 1, 1, 2, 2], capacity=5)
-    identity = random_problem()
-    assert auto_partitioner(full, EDGE) == "flow"
-    assert auto_partitioner(unequal, EDGE) == "alternate"
-    assert auto_partitioner(full, Lossless()) == "alternate"
-    assert auto_partitioner(full, Volume(budget=0.1)) == "compensated"
-    assert auto_pruner(full, Volume(budget=0.1)) == "group-omp"
-    assert auto_pruner(identity, Volume(budget=0.1)) == "threshold"
-    assert auto_pruner(full, EDGE) == auto_pruner(full, Lossless()) == "threshold"
-    monkeypatch.setattr(registry, "find_spec", lambda package: None)
-    assert auto_partitioner(full, EDGE) == "munkres"
 
 
 @each_formulation

@@ -13,7 +13,11 @@ from importlib import import_module
 
 # Each module has main(argv) -> exit code, and takes --quick.
 EXPERIMENTS = {
+    "large": "repurpose_opt_benchmarks.large",
     "layer": "repurpose_opt_benchmarks.layer",
+    "limits": "repurpose_opt_benchmarks.limits",
+    "placement": "repurpose_opt_benchmarks.placement",
+    "radix": "repurpose_opt_benchmarks.radix",
     "strips": "repurpose_opt_benchmarks.strips",
     "transport": "repurpose_opt_benchmarks.transport",
 }

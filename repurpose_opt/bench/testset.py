@@ -44,6 +44,6 @@ class TestSet(Protocol):
         ...
 
 
-def load_installed() -> list[TestSet]:
-    """Every registered test set whose packages are there, by name."""
-    return [registry.load("testsets", found.name)() for found in registry.registered("testsets") if found.installed]
+def load_all() -> list[tuple[TestSet, str | None]]:
+    """Every registered test set by name, and the command that installs what its data come from if that is missing."""
+    return [(registry.load_class("testsets", found.name)(), found.install) for found in registry.registered("testsets")]

@@ -10,34 +10,47 @@ from scipy import sparse
 
 from repurpose_opt import metrics
 from repurpose_opt.exchange import Exchange
+from repurpose_opt.formulation.busiest import check_communication, pressure
 from repurpose_opt.formulation.protocol import Formulation
 from repurpose_opt.hypergraph import Hypergraph
 from repurpose_opt.problem import LayerProblem, Weight
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Lossless(Formulation):
-    """Priced volume with nothing pruned: hypergraph partitioning (connectivity λ−1) with fixed terminals."""
+    """Priced communication with nothing pruned.
 
+    communication   "total": the priced volume, hypergraph partitioning (connectivity λ−1) with fixed terminals.
+                    "busiest": the priced bytes of the worker that sends or receives most
+    """
+
+    communication: str = "total"
     name = "lossless"
     damping = 0.5
 
+    def __post_init__(self) -> None:
+        check_communication(self.communication)
+
     def objective(self, problem: LayerProblem, owner: NDArray[np.int64], exchange: Exchange, weight: Weight) -> float:
-        return metrics.priced_volume(problem, exchange)
+        return metrics.priced_communication(problem, exchange, self.communication)
 
     def assignment_cost(
         self, problem: LayerProblem, owner: NDArray[np.int64] | None, exchange: Exchange | None
     ) -> NDArray[np.float64]:
         """Price of the inputs that a neuron would need on each worker, shared with those that need them there.
 
-        With owners given, input j on worker k costs price / (1 + other neurons there that read it).
+        With owners given, input j on worker k costs price / (1 + other neurons there that read it). With "busiest"
+        that price counts by how busy the two workers of the transfer are now.
         """
         reads = incidence(problem)
         if owner is None:
             return np.asarray(reads @ problem.transfer_price)
-        count = reads.T @ np.eye(problem.P)[owner]
-        cost = np.asarray(reads @ (problem.transfer_price / (1 + count)))
-        staying = np.asarray(reads @ (problem.transfer_price / np.maximum(count, 1)))
+        count = np.asarray(reads.T @ np.eye(problem.P)[owner])
+        price = problem.transfer_price
+        if self.communication == "busiest":
+            price = price * pressure(problem, count > 0) * problem.P  # on average 2, in the units of owner=None
+        cost = np.asarray(reads @ (price / (1 + count)))
+        staying = np.asarray(reads @ (price / np.maximum(count, 1)))
         neurons = np.arange(problem.m)
         cost[neurons, owner] = staying[neurons, owner]
         return cost
@@ -53,7 +66,14 @@ class Lossless(Formulation):
         return (f"{missing} weights differ from the original's",) if missing else ()
 
     def hypergraph(self, problem: LayerProblem, owner: NDArray[np.int64] | None = None) -> Hypergraph:
-        return Hypergraph(incidence(problem), problem.transfer_price, keeps_all=True, is_exact=True)
+        return Hypergraph(
+            incidence(problem),
+            problem.transfer_price,
+            keeps_all=True,
+            is_exact=True,
+            communication=self.communication,
+            input_owner=problem.input_owner,
+        )
 
     def selection_is_exact(self, problem: LayerProblem) -> bool:
         return True

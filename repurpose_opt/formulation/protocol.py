@@ -19,10 +19,13 @@ class Formulation(Protocol):
     """What a backend needs of a formulation; subclass it explicitly to inherit the defaults."""
 
     name: str
-    assignment_is_exact: bool = False
-    """Whether the least assignment cost with owner=None is the least objective."""
     damping: float = 0.0
     """Share of the former assignment cost that the alternation keeps, where the cost is only marginal."""
+
+    @property
+    def assignment_is_exact(self) -> bool:
+        """Whether the least assignment cost with owner=None is the least objective; a class attribute will do."""
+        return False
 
     def objective(self, problem: LayerProblem, owner: NDArray[np.int64], exchange: Exchange, weight: Weight) -> float:
         """What is minimised, for owners (m,), an exchange and weights V (rows, columns)."""

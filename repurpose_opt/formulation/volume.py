@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, takewhile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,10 +13,14 @@ from numpy.typing import NDArray
 from repurpose_opt import metrics
 from repurpose_opt.errors import InvalidArgument
 from repurpose_opt.exchange import Exchange
+from repurpose_opt.formulation.busiest import Allowance, Ranking, check_communication, direct_busiest
 from repurpose_opt.formulation.protocol import Formulation, check_price
 from repurpose_opt.hypergraph import Hypergraph
 from repurpose_opt.problem import LayerProblem, Weight
 from repurpose_opt.repair import compensated_cost, corrected_bias, refit, value_energy, value_pins
+
+_LEAST_SHARE = 0.1
+_LOOK_AHEAD = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,16 +32,22 @@ class Volume(Formulation):
     budget_bytes    minimise the error with volume ≤ this many bytes a sample
     max_nmse        minimise the priced volume with an NMSE on the calibration moments of at most this; it
                     guarantees nothing beyond them
+
+    communication   "total": volume as it is. "busiest": wherever it says volume above, the bytes of the worker that
+                    sends or receives most count instead (direct's busiest worker for `budget`). The transfers are
+                    then chosen greedily with a cap on what each worker sends and receives; never exact
     """
 
     transfer_price: float | None = None
     budget: float | None = None
     budget_bytes: float | None = None
     max_nmse: float | None = None
+    communication: str = "total"
     name = "volume"
 
     def __post_init__(self) -> None:
-        given = {k: v for k, v in vars(self).items() if v is not None}
+        check_communication(self.communication)
+        given = {k: v for k, v in vars(self).items() if v is not None and k != "communication"}
         if len(given) != 1:
             names = " and ".join(given) or "none"
             raise InvalidArgument("Volume", names, "exactly one of transfer_price, budget, budget_bytes, max_nmse")
@@ -50,19 +60,31 @@ class Volume(Formulation):
         """The problem with the weights g by which errors count: max_nmse is a limit on the NMSE, which has none."""
         return problem if self.max_nmse is None else problem.unweighted
 
-    def allowed_bytes(self, direct_volume: int) -> float | None:
-        """The budget in bytes a sample, of a layer or a network with this direct volume; None where there is none."""
+    def allowed_bytes(self, direct: int) -> float | None:
+        """The budget in bytes a sample; None where there is none.
+
+        `direct`: bytes of the dense layer or network, in all or of its busiest worker, as `communication` says.
+        """
         if self.budget is not None:
-            return math.floor(self.budget * direct_volume + 1e-9)
+            return math.floor(self.budget * direct + 1e-9)
         return self.budget_bytes
+
+    def limit(self, problem: LayerProblem) -> float | None:
+        """The budget of this layer in bytes a sample, in all or for each worker; None where there is none."""
+        return self.allowed_bytes(direct_busiest(problem) if self.communication == "busiest" else problem.direct_volume)
+
+    def allowance(self, problem: LayerProblem) -> Allowance | None:
+        """The budget to be spent transfer by transfer; None where there is none."""
+        allowed = self.limit(problem)
+        return None if allowed is None else Allowance(problem, allowed, self.communication)
 
     def objective(self, problem: LayerProblem, owner: NDArray[np.int64], exchange: Exchange, weight: Weight) -> float:
         if self.max_nmse is not None:
-            return metrics.priced_volume(problem, exchange)
+            return metrics.priced_communication(problem, exchange, self.communication)
         error = metrics.weighted_error(problem, owner, weight)
         if self.transfer_price is None:
             return error
-        return error + self.transfer_price * metrics.priced_volume(problem, exchange)
+        return error + self.transfer_price * metrics.priced_communication(problem, exchange, self.communication)
 
     def assignment_cost(
         self, problem: LayerProblem, owner: NDArray[np.int64] | None, exchange: Exchange | None
@@ -79,7 +101,7 @@ class Volume(Formulation):
 
     def _paid(self, problem: LayerProblem) -> NDArray[np.float64]:
         """(n, P) what a transfer counts against the limit: bytes, or priced bytes."""
-        if self.allowed_bytes(problem.direct_volume) is None:
+        if self.budget is None and self.budget_bytes is None:
             return problem.transfer_price
         return problem.transfer_bytes.astype(np.float64)
 
@@ -98,20 +120,24 @@ class Volume(Formulation):
         out_of_time: Callable[[], bool] = lambda: False,
     ) -> Exchange:
         """The transfers to make out of (value, worker, gain per byte or priced byte), greatest first."""
-        allowed = self.allowed_bytes(problem.direct_volume)
         if self.max_nmse is not None:
             return self._take_until(problem, owner, ranked, out_of_time)
         taken = np.zeros((problem.n, problem.P), dtype=bool)
-        left = allowed
-        for j, k, rate in ranked:
-            if self.transfer_price is not None:
+        if self.transfer_price is None:
+            allowance = self.allowance(problem)
+            assert allowance is not None
+            for j, k, _ in ranked:
+                taken[j, k] = allowance.take(j, k)
+        elif self.communication == "busiest":
+            # Loads that are level share the price; below that, only what is free beside the busiest is worth it.
+            least = _LEAST_SHARE * self.transfer_price / problem.P
+            ranking = Ranking.of_rates(problem, list(takewhile(lambda transfer: transfer[2] > least, ranked)))
+            taken = ranking.transfers(problem, ranking.best_fill(problem, self.transfer_price))
+        else:
+            for j, k, rate in ranked:
                 if rate <= self.transfer_price:
                     break
-            elif problem.transfer_bytes[j, k] > left:
-                continue
-            else:
-                left -= problem.transfer_bytes[j, k]
-            taken[j, k] = True
+                taken[j, k] = True
         return Exchange.of_transfers(taken, problem.input_owner)
 
     def repair(self, problem: LayerProblem, owner: NDArray[np.int64], exchange: Exchange) -> Weight:
@@ -120,9 +146,12 @@ class Volume(Formulation):
     def violations(
         self, problem: LayerProblem, owner: NDArray[np.int64], exchange: Exchange, weight: Weight
     ) -> tuple[str, ...]:
-        allowed = self.allowed_bytes(problem.direct_volume)
-        if allowed is not None and metrics.volume(problem, exchange) > allowed:
-            return (f"volume {metrics.volume(problem, exchange)} bytes is above the budget, {allowed:g}",)
+        allowed = self.limit(problem)
+        is_busiest = self.communication == "busiest"
+        used = (metrics.busiest if is_busiest else metrics.volume)(problem, exchange)
+        if allowed is not None and used > allowed:
+            what = "busiest worker with" if is_busiest else "volume"
+            return (f"{what} {used} bytes is above the budget, {allowed:g}",)
         if self.max_nmse is not None:
             reached = _nmse_after(problem, owner, weight)
             if not self._meets(reached):
@@ -130,7 +159,12 @@ class Volume(Formulation):
         return ()
 
     def hypergraph(self, problem: LayerProblem, owner: NDArray[np.int64] | None = None) -> Hypergraph | None:
-        """Energies on the diagonal of C as pins. A limit becomes the price a byte of its last transfer at `owner`."""
+        """Energies on the diagonal of C as pins. A limit becomes the price a byte of its last transfer at `owner`.
+
+        None with "busiest": what a transfer costs depends on the others.
+        """
+        if self.communication == "busiest":
+            return None
         price = self.transfer_price
         if price is None:
             if owner is None:
@@ -151,7 +185,7 @@ class Volume(Formulation):
         )
 
     def selection_is_exact(self, problem: LayerProblem) -> bool:
-        if not problem.moments.is_diagonal:
+        if not problem.moments.is_diagonal or self.communication == "busiest":
             return False
         if self.transfer_price is not None:
             return True
@@ -170,31 +204,62 @@ class Volume(Formulation):
         ranked: Iterator[tuple[int, int, float]],
         out_of_time: Callable[[], bool],
     ) -> Exchange:
-        """The shortest prefix of the ranking whose NMSE after refit is low enough (bisection; all if none is)."""
-        pairs: list[tuple[int, int]] = []
+        """The shortest prefix of the ranking whose NMSE after refit is low enough (bisection; all if none is).
 
-        def exchange_of(count: int) -> Exchange:
+        With "busiest" then the lowest cap on each worker under which a greedy along the ranking reaches as much.
+        """
+        pairs: list[tuple[int, int, float]] = []
+
+        def of_prefix(count: int) -> NDArray[np.bool_]:
             taken = np.zeros((problem.n, problem.P), dtype=bool)
-            for j, k in pairs[:count]:
+            for j, k, _ in pairs[:count]:
                 taken[j, k] = True
-            return Exchange.of_transfers(taken, problem.input_owner)
+            return taken
 
-        def reaches(count: int) -> bool:
-            weight = refit(problem, owner, exchange_of(count).transfers)
-            return self._meets(_nmse_after(problem, owner, weight))
+        def reaches(transfers: NDArray[np.bool_]) -> bool:
+            return self._meets(_nmse_after(problem, owner, refit(problem, owner, transfers)))
 
         low, step = -1, 1
-        while not reaches(len(pairs)):
+        while not reaches(of_prefix(len(pairs))):
             low = len(pairs)
-            pairs.extend((int(j), int(k)) for j, k, _ in islice(ranked, None if out_of_time() else step))
+            pairs.extend(islice(ranked, None if out_of_time() else step))
             step *= 2
             if len(pairs) == low:
-                return exchange_of(low)
+                return Exchange.of_transfers(of_prefix(low), problem.input_owner)
         high = len(pairs)
         while high - low > 1 and not out_of_time():
             middle = (low + high) // 2
-            low, high = (low, middle) if reaches(middle) else (middle, high)
-        return exchange_of(high)
+            low, high = (low, middle) if reaches(of_prefix(middle)) else (middle, high)
+        transfers = of_prefix(high)
+        if self.communication == "busiest" and high > 0 and not out_of_time():
+            pairs.extend(islice(ranked, _LOOK_AHEAD * high))
+            transfers = _under_least_cap(problem, pairs, high, transfers, reaches, out_of_time)
+        return Exchange.of_transfers(transfers, problem.input_owner)
+
+
+def _under_least_cap(
+    problem: LayerProblem,
+    pairs: list[tuple[int, int, float]],
+    count: int,
+    transfers: NDArray[np.bool_],
+    reaches: Callable[[NDArray[np.bool_]], bool],
+    out_of_time: Callable[[], bool],
+) -> NDArray[np.bool_]:
+    """(n, P) what the lowest cap takes that reaches the limit, below what the first `count` pairs, `transfers`, need.
+
+    By bisection over the amounts of the busiest worker along those pairs.
+    """
+    ranking = Ranking.of_rates(problem, pairs)
+    levels = np.concatenate([[0.0], np.unique(ranking.levels(problem)[:count])])
+    low, high = -1, len(levels) - 1
+    while high - low > 1 and not out_of_time():
+        middle = (low + high) // 2
+        tried = ranking.transfers(problem, ranking.fill(problem, levels[middle]))
+        if reaches(tried):
+            high, transfers = middle, tried
+        else:
+            low = middle
+    return transfers
 
 
 def _transfers(problem: LayerProblem, exchange: Exchange | None) -> NDArray[np.bool_]:

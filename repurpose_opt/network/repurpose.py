@@ -58,7 +58,7 @@ def repurpose(
     input_owner     (n,) worker that holds each input of the first linear layer; default contiguous
     output_owner    the worker, or workers, that want the answer
     formulation     default Volume(budget=0.1). `budget` and `budget_bytes` are the whole network's, `transfer_price`
-                    every layer's, `max_nmse` the output's
+                    every layer's, `max_nmse` the output's; with communication="busiest" a `transfer_price` only
     worker_share    (P,) relative capacity; default equal
     memory_limit    bytes that a worker's weights may take; a plan that needs more is refused
     link_price      (P, P) or a number: price of a byte from worker p (row) to worker k; default 1
@@ -76,6 +76,7 @@ def repurpose(
     check_loss(loss, chain)
     inputs, labels = _checked_data(data, example_input, chain, loss)
     formulation = Volume(budget=0.1) if formulation is None else formulation
+    _check_limit(formulation)
     if finetune is not None and finetune.distillation < 1 and labels is None:
         raise InvalidArgument("finetune", "a loss on labels, but data has none", "(inputs, labels), or distillation=1")
     if finetune is not None and not isinstance(finetune, FineTuning):
@@ -216,6 +217,17 @@ def _checked_data(
         if loss == "squared_error":
             labels = labels.to(chain.dtype)
     return inputs.to(chain.dtype), labels
+
+
+def _check_limit(formulation: Formulation) -> None:
+    """Limits of a whole network are met by its total volume, layers of which may have different busiest workers."""
+    if (
+        isinstance(formulation, Volume)
+        and formulation.communication == "busiest"
+        and formulation.transfer_price is None
+    ):
+        allowed = 'a transfer_price with communication="busiest", or communication="total"'
+        raise InvalidArgument("formulation", repr(formulation), allowed)
 
 
 def _placement(

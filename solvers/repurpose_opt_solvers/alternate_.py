@@ -12,8 +12,12 @@ from repurpose_opt.formulation import Formulation, Volume
 from repurpose_opt.moments import Moments
 from repurpose_opt.problem import LayerProblem
 from repurpose_opt.solve import alternate
-from repurpose_opt.solver import Candidate, Prune, SolveOptions
+from repurpose_opt.solver import Candidate, Deadline, Prune, SolveOptions, Termination
 from repurpose_opt_solvers.transport import Infeasible, assign
+
+_GAP = 5e-4
+_GAP_OF_MARGINAL_COSTS = 5e-3
+"""How far from a bound the assignment of unequal loads may end."""
 
 
 class Alternate:
@@ -51,13 +55,29 @@ def alternate_on(
     def cost(owner: NDArray[np.int64] | None, exchange: Exchange | None) -> NDArray[np.float64]:
         return formulation.assignment_cost(seen, owner, exchange)
 
+    deadline = Deadline(options.time_limit)
+    gap = _GAP if formulation.assignment_is_exact else _GAP_OF_MARGINAL_COSTS
+    placed = start
+    gave_up: list[Infeasible] = []
+
     def assign_costs(costs: NDArray[np.float64]) -> NDArray[np.int64]:
-        return assign(problem, costs)
+        nonlocal placed
+        try:
+            placed = assign(problem, costs, time_limit=deadline.remaining, relative_gap=gap)
+        except Infeasible as reason:
+            if placed is None:
+                raise
+            gave_up.append(reason)  # the same owners again end the alternation
+        return placed
 
     try:
-        return alternate(problem, formulation, options, start, prune, cost, assign_costs)
+        found = alternate(problem, formulation, options, start, prune, cost, assign_costs)
     except Infeasible as reason:
         return reason.candidate()
+    if not gave_up:
+        return found
+    termination = Termination.TIME_LIMIT if gave_up[0].out_of_time else found.termination
+    return replace(found, termination=termination, stats={**found.stats, "gave_up": str(gave_up[0])})
 
 
 def on_diagonal(problem: LayerProblem) -> LayerProblem:

@@ -50,8 +50,8 @@ def _pursue(
     problem: LayerProblem, formulation: Volume, owner: NDArray[np.int64], deadline: Deadline
 ) -> Iterator[tuple[int, int, float]]:
     """(value, worker, gain per byte) in the order of the greedy; what no longer fits a budget is passed over."""
-    left = formulation.allowed_bytes(problem.direct_volume)
-    cost: NDArray[Any] = problem.transfer_price if left is None else problem.transfer_bytes
+    allowance = formulation.allowance(problem)
+    cost: NDArray[Any] = problem.transfer_price if allowance is None else problem.transfer_bytes
     row_owner = owner[problem.row_neuron]
     workers = {
         k: _WorkerPursuit(formulation.judged(problem), k, np.flatnonzero(row_owner == k), cost[:, k])
@@ -62,12 +62,11 @@ def _pursue(
     heapq.heapify(heap)
     while heap and heap[0][0] < 0 and not deadline.passed:
         negative_rate, k, value = heapq.heappop(heap)
-        if left is not None and problem.transfer_bytes[value, k] > left:
-            workers[k].drop(value)
-        else:
+        if allowance is None or allowance.take(value, k):
             yield value, k, -negative_rate
             workers[k].add(value)
-            left = None if left is None else left - problem.transfer_bytes[value, k]
+        else:
+            workers[k].drop(value)
         value, rate = workers[k].best()
         heapq.heappush(heap, (-rate, k, value))
     if deadline.passed:  # no time to choose one by one: the rest, by the gains as they stand
