@@ -16,8 +16,8 @@ from repurpose_opt import registry
 from repurpose_opt.formulation import Formulation
 from repurpose_opt.problem import LayerProblem
 
-_METIS_PINS_PER_SECOND = 20_000
-"""METIS gets a fifth of the time limit; it partitions about a hundred thousand nonzeros a second."""
+_METIS_PINS_PER_SECOND = 10_000
+"""METIS gets a tenth of the time limit; it partitions about a hundred thousand nonzeros a second."""
 _MOST_PINS_UNLIMITED = 1_000_000
 _MOST_NEURONS_PROVED = 128
 """Above, integer programming proves nothing in a minute, and annealing finds more than it."""
@@ -51,8 +51,8 @@ def _nets_chain(problem: LayerProblem, formulation: Formulation, pins: int, time
     most = _MOST_PINS_UNLIMITED if time_limit is None else _METIS_PINS_PER_SECOND * time_limit
     small = time_limit is not None and problem.m <= _MOST_NEURONS_PROVED
     stages = [
-        ("metis", "@0.2", pins <= most),
-        ("alternate", "@0.4", True),
+        ("metis", "@0.1", pins <= most),
+        ("alternate", "@0.2", True),
         ("local-search", "@0.3" if small else "", True),
         ("mip", "", small),
     ]

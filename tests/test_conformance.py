@@ -20,10 +20,15 @@ FORMULATIONS = testing.standard_formulations()
 def backend_cases(kind: str, names: list[str]) -> list[Any]:
     checks = testing.partitioner_checks if kind == "partitioners" else testing.pruner_checks
     return [
-        pytest.param(check, id=f"{backend}-{name}")
+        pytest.param(check, id=f"{backend}-{name}", marks=[pytest.mark.slow] if is_slow(backend, name) else [])
         for backend in names
         for name, check in checks(registry.load(kind, backend)())
     ]
+
+
+def is_slow(backend: str, check: str) -> bool:
+    """Integer programs of dense layers that are pruned take seconds each."""
+    return backend.startswith("mip") and "-volume-" in check
 
 
 FORMULATION_CASES = [
@@ -55,6 +60,10 @@ def test_formulation(check: Check):
     run(check)
 
 
+MIP = ("mip", "mip:cp-sat", "mip:highs", "mip:scip")
+ADDITIVE = {"edge", "volume-price", "lossless"}
+
+
 # A check that is declined proves nothing: what each backend must serve, and where it must prove its answer.
 SERVES = {
     "contiguous": set(FORMULATIONS),
@@ -68,8 +77,17 @@ SERVES = {
     "generalised": set(FORMULATIONS),
     "local-search": set(FORMULATIONS) - {"edge-busiest", "volume-busiest-price", "volume-busiest-budget"},
     "mt-kahypar": {"lossless"},
+    **{name: ADDITIVE | {"lossless-busiest", "volume-budget", "volume-bytes"} for name in MIP},
+    "mip-lns": ADDITIVE,
 }
-PROVES = {"brute-force": set(FORMULATIONS), "munkres": {"edge"}, "flow": {"edge"}, "generalised": {"edge"}}
+PROVES = {
+    "brute-force": set(FORMULATIONS),
+    "munkres": {"edge"},
+    "flow": {"edge"},
+    "generalised": {"edge"},
+    **{name: {"edge", "lossless", "lossless-busiest"} for name in MIP},
+    "mip-lns": {"edge"},
+}
 
 
 @pytest.mark.filterwarnings("ignore:Passing xadj/adjncy:DeprecationWarning")

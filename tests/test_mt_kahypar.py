@@ -276,7 +276,7 @@ def test_the_first_partition_begins_at_the_start():
     problem = thin(13, 64, 64, 4, 0.06)
     start = np.random.default_rng(0).permutation(np.arange(64) // 16)
     terminals = terminal_hypergraph(problem, Lossless().hypergraph(problem))
-    engine = MtKaHyParEngine(("QUALITY",), threads=1)
+    engine = MtKaHyParEngine(("QUALITY",), cycles=3, threads=1)
     (parts, claimed), *improved = engine.partitions(terminals, 0, 0, terminals.parts(start))
     np.testing.assert_array_equal(terminals.owner(parts), start)
     assert claimed == connectivity(terminals, parts)

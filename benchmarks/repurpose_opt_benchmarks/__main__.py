@@ -17,6 +17,7 @@ EXPERIMENTS = {
     "layer": "repurpose_opt_benchmarks.layer",
     "limits": "repurpose_opt_benchmarks.limits",
     "placement": "repurpose_opt_benchmarks.placement",
+    "proofs": "repurpose_opt_benchmarks.proofs",
     "radix": "repurpose_opt_benchmarks.radix",
     "strips": "repurpose_opt_benchmarks.strips",
     "transport": "repurpose_opt_benchmarks.transport",

@@ -95,8 +95,7 @@ def _write_mps(
             energies = _hypergraph(problem, Volume(transfer_price=1.0), None)
             return write_mps(output, linear_model(problem, energies, budget), is_exact=problem.moments.is_diagonal)
     hypergraph = _hypergraph(problem, formulation, start)
-    is_exact = hypergraph.is_exact and hypergraph.communication == "total"
-    return write_mps(output, linear_model(problem, hypergraph), is_exact=is_exact)
+    return write_mps(output, linear_model(problem, hypergraph), is_exact=hypergraph.is_exact)
 
 
 def _hypergraph(problem: LayerProblem, formulation: Formulation, start: NDArray[np.int64] | None) -> Hypergraph:

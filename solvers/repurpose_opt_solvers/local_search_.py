@@ -31,6 +31,8 @@ _EXCESS = 0.5
 """It counts more and more while the excess is above this many units a worker, or above 0 at the end."""
 _PROPOSALS_PER_NEURON = 8_000
 """In each of the first rounds."""
+_EXPLORED = 0.04
+"""Share of the time limit that each of the first rounds may take."""
 _LONGER = 4
 """Each later round has so many times the proposals of the one before."""
 _STEPS_OF_TEMPERATURE = 400
@@ -121,13 +123,14 @@ def search(
         return annealing.best_owner, stats
 
     for hot in _HOT:
-        reached[hot] = annealing.cool(hot, proposals, deadline)
+        share = None if time_limit is None else _EXPLORED * time_limit
+        reached[hot] = annealing.cool(hot, proposals, share)
         rounds += 1
         yield answer()
     hot = min(reached, key=lambda tried: reached[tried])
     while not deadline.passed:
         proposals *= _LONGER
-        annealing.cool(hot, proposals, deadline)
+        annealing.cool(hot, proposals, deadline.remaining)
         rounds += 1
         yield answer()
         if time_limit is None:
@@ -174,12 +177,12 @@ class _Annealing(ABC):
     def run(self, cost: float, least: float, steps: int, temperature: float, strictness: float) -> tuple[float, float]:
         """(cost, least cost) after this many proposals; `strictness` is what a unit of squared excess load counts."""
 
-    def cool(self, hot: float, proposals: int, deadline: Deadline) -> float:
-        """One round: from hot to cold over the proposals, or over the time that is left if that is shorter.
+    def cool(self, hot: float, proposals: int, allowed: float | None) -> float:
+        """One round: from hot to cold over the proposals, or over the seconds allowed if that is shorter.
 
         Begins at the best owners; gives the least cost that this round met within the limits of the loads.
         """
-        began, allowed = time.monotonic(), deadline.remaining
+        began = time.monotonic()
         if allowed is not None and self.rate is not None and allowed * self.rate < (1 + _LONGER) / 2 * proposals:
             proposals = max(proposals, int(2 * allowed * self.rate))  # the last round: it takes all the time left
         self.owner, self.incumbent = self.best_owner.copy(), self.best_owner.copy()

@@ -15,8 +15,6 @@ from repurpose_opt.problem import LayerProblem
 from repurpose_opt.solver import Candidate, Prune, SolveOptions
 from repurpose_opt_solvers.terminals import Parts, TerminalHypergraph, reason_against, solve_by_repeats
 
-_CYCLES = 3
-"""V-cycles of one preset before the next has its turn."""
 _IMBALANCE = 1e-4
 """Asked for by the library, which then goes by the individual block weights."""
 
@@ -31,6 +29,8 @@ class MtKaHyPar:
     """
 
     presets: tuple[str, ...] = ("DETERMINISTIC", "HIGHEST_QUALITY")
+    cycles: int = 3
+    """V-cycles of one preset before the next has its turn; 0 for partitions alone."""
     name: ClassVar[str] = "mt-kahypar"
     requires: ClassVar[tuple[str, ...]] = ("mtkahypar",)
 
@@ -45,16 +45,17 @@ class MtKaHyPar:
         start: NDArray[np.int64] | None,
         prune: Prune,
     ) -> Candidate:
-        engine = MtKaHyParEngine(self.presets, options.threads)
+        engine = MtKaHyParEngine(self.presets, self.cycles, options.threads)
         candidate = solve_by_repeats(problem, formulation, options, start, engine)
         return replace(candidate, stats={**candidate.stats, "presets": self.presets})
 
 
 @dataclass(frozen=True)
 class MtKaHyParEngine:
-    """The presets in their order, and the threads to use."""
+    """The presets in their order, V-cycles of each in turn, and the threads to use."""
 
     presets: tuple[str, ...]
+    cycles: int
     threads: int
 
     def partitions(
@@ -71,10 +72,12 @@ class MtKaHyParEngine:
         before = None
         while before is None or least < before:
             yield parts, least
+            if self.cycles == 0:
+                break
             before = least
             for context, hypergraph in (*native[1:], native[0]):
                 partitioned = _at(terminals, (context, hypergraph), parts)
-                partitioned.improve_partition(context, _CYCLES)
+                partitioned.improve_partition(context, self.cycles)
                 parts, least = _read(partitioned)
 
     def _native(self, terminals: TerminalHypergraph, preset: str) -> tuple[Any, Any]:
