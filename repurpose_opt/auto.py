@@ -49,7 +49,7 @@ def _nets_chain(problem: LayerProblem, formulation: Formulation, pins: int, time
     Where METIS would not be done in its share of the time, or a package is missing, the others stand alone.
     """
     most = _MOST_PINS_UNLIMITED if time_limit is None else _METIS_PINS_PER_SECOND * time_limit
-    small = time_limit is not None and problem.m <= _MOST_NEURONS_PROVED
+    small = time_limit is not None and problem.m <= _MOST_NEURONS_PROVED and _serves("mip", problem, formulation)
     stages = [
         ("metis", "@0.1", pins <= most),
         ("alternate", "@0.2", True),

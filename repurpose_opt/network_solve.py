@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from repurpose_opt import metrics, registry
-from repurpose_opt.errors import InvalidArgument, RepurposeError
+from repurpose_opt.errors import InvalidArgument
 from repurpose_opt.exchange import Exchange
 from repurpose_opt.formulation import Formulation, Lossless
 from repurpose_opt.onward import Onward, onward_cost
@@ -218,8 +218,8 @@ class _Network:
             try:
                 owners = backend.solve_network(self.problems, self.formulation, self.limited(self.deadline, 2), start)
                 found[name] = self.verified(owners)
-            except RepurposeError as error:
-                self.failed[name] = str(error)
+            except Exception as error:  # a backend's fault must not cost the forward sweep
+                self.failed[name] = f"{type(error).__name__}: {error}"
         return found
 
     def verified(self, owners: Iterable[NDArray[np.int64]]) -> list[LayerSolution]:

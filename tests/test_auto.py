@@ -50,6 +50,8 @@ def test_without_packages_there_is_still_a_chain(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(registry, "find_spec", lambda package: None)
     assert auto_partitioner(FULL, EDGE) == "munkres"
     assert auto_partitioner(SMALL, Lossless(), 10.0) == "alternate@0.2"
+    monkeypatch.setattr(registry, "find_spec", lambda package: None if package == "ortools" else package)
+    assert auto_partitioner(SMALL, Lossless(), 10.0) == "metis@0.1+alternate@0.2+local-search"
 
 
 def test_auto_beats_its_parts() -> None:

@@ -27,6 +27,7 @@ from repurpose_opt.moments import Moments
 from repurpose_opt.repair import restrict
 from repurpose_opt.solve import solve_problem
 from repurpose_opt_benchmarks import RESULTS, environment
+from repurpose_opt_benchmarks.report import bar, spread, table
 from repurpose_opt_benchmarks.strips import (
     FULL,
     QUICK,
@@ -36,8 +37,6 @@ from repurpose_opt_benchmarks.strips import (
     command,
     is_official,
     setting_lines,
-    spread,
-    table_row,
     train,
 )
 
@@ -194,10 +193,7 @@ def _bars(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         f"NMSE of {LAST}, relative to {COMPARED_WITH}": (last["relative_nmse"]["mean"], MOST_RATIO),
         f"seconds of {LAST}, calibration included": (_seconds(last, "most"), MOST_SECONDS),
     }
-    return [
-        {"what": what, "measured": found, "at_most": most, "reached": found <= most}
-        for what, (found, most) in measured.items()
-    ]
+    return [bar(what, found, most=most) for what, (found, most) in measured.items()]
 
 
 def _seconds(row: dict[str, Any], which: str) -> float:
@@ -207,12 +203,12 @@ def _seconds(row: dict[str, Any], which: str) -> float:
 def markdown(report: dict[str, Any]) -> str:
     """The report as Markdown."""
     header = ("way", "volume", "NMSE, unseen images", f"relative to {COMPARED_WITH}", "calibration, s", "solve, s")
-    lines = ["# Layer", "", *str(__doc__).strip().split("\n"), "", table_row(header)]
-    lines.append(table_row(["---"] * len(header)))
+    rows = []
     for row in report["rows"]:
         seconds = [f"{row[key]['mean']:.2f}" for key in ("calibration_seconds", "solve_seconds")]
         figures = [_span(row["nmse"]), _span(row["relative_nmse"])]
-        lines.append(table_row([row["row"], f"{row['volume_fraction']['mean']:.2%}", *figures, *seconds]))
+        rows.append([row["row"], f"{row['volume_fraction']['mean']:.2%}", *figures, *seconds])
+    lines = ["# Layer", "", *str(__doc__).strip().split("\n"), "", *table(header, rows)]
     lines += ["", *bar_lines(report), "", *setting_lines(report)]
     return "\n".join(lines)
 

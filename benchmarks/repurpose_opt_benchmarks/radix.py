@@ -33,6 +33,7 @@ from repurpose_opt.solver import SolveOptions
 from repurpose_opt_benchmarks import RESULTS, environment
 from repurpose_opt_benchmarks.lossless_random import sparse_layer
 from repurpose_opt_benchmarks.radix_net import radix_layer, radix_net
+from repurpose_opt_benchmarks.report import bar, bar_line, machine_line, table
 
 RADICES = (32, 32)
 NEURONS = 1024
@@ -222,7 +223,7 @@ def _bars(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     if not ours or not theirs:
         return []
     return [
-        {"what": f"{figure} of {OURS} relative to {THEIRS}", "measured": ratio, "at_most": most, "met": ratio <= most}
+        bar(f"{figure} of {OURS} relative to {THEIRS}", ratio, most=most)
         for figure, most in (("volume", MOST_VOLUME), ("seconds", MOST_SECONDS))
         for ratio in [sum(row[figure] for row in ours) / sum(row[figure] for row in theirs)]
     ]
@@ -264,37 +265,33 @@ def markdown(report: dict[str, Any]) -> str:
     title, *about = str(__doc__).strip().split("\n")
     lines = ["# Whole networks", "", title, *about, "", "## RadiX-Net, layer by layer", ""]
     header = ("way", "volume, values", "first layer", "layers of stride 32", "of stride 1, but the first", "seconds")
-    lines += [_row(header), _row(["---"] * len(header))]
+    cells = []
     for name in dict.fromkeys(row["row"] for row in report["rows"]):
         same = [row for row in report["rows"] if row["row"] == name]
         figures = [_mean(same, key) for key in ("volume", "first", "odd", "even")]
-        lines.append(_row([f"`{name}`" if _is_name(name) else name, *figures, _mean(same, "seconds", 2)]))
-    lines.append("")
+        cells.append([f"`{name}`" if _is_name(name) else name, *figures, _mean(same, "seconds", 2)])
+    lines += [*table(header, cells), ""]
     is_full = report["layers"] == LAYERS and len(report["seeds"]) >= 3
-    for bar in report["bars"]:
-        verdict = ("met" if bar["met"] else "missed") if is_full else "counts for the full run only"
-        lines.append(f"- {bar['what']}: {bar['measured']:.3f}, bar ≤ {bar['at_most']:.3f}: {verdict}")
+    lines += map(bar_line, report["bars"]) if is_full else ["The bars count for all layers and three seeds only."]
     lines += ["", "## Chains of four layers, with a look ahead", ""]
     titles = ("chain", "partitioner", "limit, s", "forward", "+ look ahead", "at once", "+ look ahead", "best", "s")
-    lines += [_row(titles), _row(["---"] * len(titles))]
     keys = ("forward", "forward_look_ahead", "at_once", "at_once_look_ahead", "best")
+    cells = []
     for kind in dict.fromkeys((row["chain"], row["partitioner"]) for row in report["chains"]):
         same = [row for row in report["chains"] if (row["chain"], row["partitioner"]) == kind]
         limit = same[0]["time_limit"]
-        cells = [kind[0], f"`{kind[1]}`", "–" if limit is None else f"{limit:g}", *(_mean(same, key) for key in keys)]
-        lines.append(_row([*cells, _mean(same, "seconds", 1)]))
+        figures = [_mean(same, key) for key in keys]
+        limited = "–" if limit is None else f"{limit:g}"
+        cells.append([kind[0], f"`{kind[1]}`", limited, *figures, _mean(same, "seconds", 1)])
+    lines += table(titles, cells)
     return "\n".join([*lines, "", *_settings(report)])
 
 
 def _settings(report: dict[str, Any]) -> Iterator[str]:
-    machine = report["environment"]
-    changed = " with uncommitted changes" if machine["uncommitted_changes"] else ""
-    packages = ("python", "numpy", "scipy", "pymetis", "mtkahypar", "ortools", "numba")
-    versions = ", ".join(f"{name} {machine[name]}" for name in packages)
     yield (
         f"`{report['command']}`: {report['layers']} layers, P = {report['workers']}, means over seeds "
-        f"{', '.join(map(str, report['seeds']))}, one thread, {machine['cores']} cores ({machine['system']}, "
-        f"{machine['machine']}). {versions}; commit {machine['commit'] or 'unknown'}{changed}."
+        f"{', '.join(map(str, report['seeds']))}, one thread. "
+        + machine_line(report["environment"], "pymetis", "mtkahypar", "ortools", "numba")
     )
     if report["missing"]:
         yield f"Not installed: {', '.join(report['missing'])}."
@@ -307,10 +304,6 @@ def _is_name(row: str) -> bool:
 def _mean(rows: Sequence[dict[str, Any]], key: str, digits: int = 0) -> str:
     values = [row[key] for row in rows if row[key] is not None]
     return f"{fmean(values):,.{digits}f}" if values else "–"
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 if __name__ == "__main__":

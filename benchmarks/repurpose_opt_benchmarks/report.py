@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import geometric_mean
+from statistics import geometric_mean, mean
 from typing import Any
 
 
@@ -24,6 +24,10 @@ def bar_line(found: dict[str, Any]) -> str:
 
 def _reached(is_reached: bool) -> str:
     return "reached" if is_reached else "not reached"
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    return {"mean": mean(values), "least": min(values), "most": max(values)}
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

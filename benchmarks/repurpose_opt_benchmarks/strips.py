@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -38,6 +37,7 @@ from repurpose_opt.runtime.plan import Plan
 from repurpose_opt.solve import solve_problem
 from repurpose_opt.solver import SolveOptions
 from repurpose_opt_benchmarks import RESULTS, environment
+from repurpose_opt_benchmarks.report import bar, bar_line, machine_line, spread, table
 
 WORKERS = 4
 OUTPUT_OWNER = 0
@@ -405,10 +405,6 @@ def _summary(runs: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         yield {"row": row, "budget": budget, **{key: spread([run[key] for run in same]) for key in figures}}
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    return {"mean": mean(values), "least": min(values), "most": max(values)}
-
-
 def _curve_point(tasks: Sequence[Task], budget: float) -> dict[str, Any]:
     """`ours` before fine-tuning."""
     plans = [ours(task, budget) for task in tasks]
@@ -431,23 +427,15 @@ def _bars(rows: Sequence[dict[str, Any]], fine_tuning_steps: Sequence[int]) -> I
 
     low, high = BUDGETS
     before = points("dense", None, "before")
-    yield _bar(f"points below dense at {low:.0%}, no fine-tuning", before - points(OURS, low, "before"), most=1.5)
-    yield _bar(f"points below dense at {high:.0%}, no fine-tuning", before - points(OURS, high, "before"), most=1.0)
+    yield bar(f"points below dense at {low:.0%}, no fine-tuning", before - points(OURS, low, "before"), most=1.5)
+    yield bar(f"points below dense at {high:.0%}, no fine-tuning", before - points(OURS, high, "before"), most=1.0)
     for steps in fine_tuning_steps:
         when, label = after(steps), f"{steps} steps of fine-tuning"
         dense = max(before, points("dense", None, when))
         above_fusion = points(OURS, low, when) - points(FILLED, low, when)
-        yield _bar(f"points below dense at {low:.0%}, {label}", dense - points(OURS, low, when), most=1.0)
-        yield _bar(f"points above late_fusion at the same volume, {low:.0%}, {label}", above_fusion, least=1.0)
-        yield _bar(f"points below dense at {high:.0%}, {label}", dense - points(OURS, high, when), most=0.4)
-
-
-def _bar(what: str, measured: float, *, most: float | None = None, least: float | None = None) -> dict[str, Any]:
-    # Accuracies are shares of whole images: a difference that is exactly the limit must not miss it by rounding.
-    rounded = round(measured, 9)
-    reached = (most is None or rounded <= most) and (least is None or rounded >= least)
-    limit = {"at_most": most} if least is None else {"at_least": least}
-    return {"what": what, "measured": measured, **limit, "reached": reached}
+        yield bar(f"points below dense at {low:.0%}, {label}", dense - points(OURS, low, when), most=1.0)
+        yield bar(f"points above late_fusion at the same volume, {low:.0%}, {label}", above_fusion, least=1.0)
+        yield bar(f"points below dense at {high:.0%}, {label}", dense - points(OURS, high, when), most=0.4)
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -459,14 +447,14 @@ def markdown(report: dict[str, Any]) -> str:
     header = ["row"]
     for budget in BUDGETS:
         header += [f"{budget:.0%}: volume", *(moment.replace("_", " ") for moment in moments)]
-    lines = ["# Strips", "", *str(__doc__).strip().split("\n"), "", table_row(header)]
-    lines.append(table_row(["---"] * len(header)))
+    rows = []
     for row, found_by_budget in by_row.items():
         cells = [row]
         for budget in BUDGETS:
             found = found_by_budget.get(budget) or found_by_budget[None]
             cells += [f"{found['volume_fraction']['mean']:.1%}", *(_accuracy(found.get(m)) for m in moments)]
-        lines.append(table_row(cells))
+        rows.append(cells)
+    lines = ["# Strips", "", *str(__doc__).strip().split("\n"), "", *table(header, rows)]
     lines += ["", *bar_lines(report), "", *setting_lines(report)]
     lines[-1] += (
         " Fine-tuning: Adam, one cycle, batches of 128; the JSON has the learning rates tried. `late_fusion` sends all "
@@ -480,31 +468,18 @@ def bar_lines(report: dict[str, Any]) -> list[str]:
     """A list of the bars; they count for an official run only."""
     if not report["is_official"]:
         return ["Not the official figures: the bars are for all of MNIST (`--mnist-dir`), full size, three seeds."]
-    return [
-        f"- {bar['what']}: {bar['measured']:.3g} "
-        f"({'at most' if 'at_most' in bar else 'at least'} {bar.get('at_most', bar.get('at_least')):g}: "
-        f"{'reached' if bar['reached'] else 'not reached'})"
-        for bar in report["bars"]
-    ]
+    return [bar_line(found) for found in report["bars"]]
 
 
 def setting_lines(report: dict[str, Any]) -> list[str]:
-    machine = report["environment"]
-    versions = ", ".join(f"{name} {machine[name]}" for name in ("python", "numpy", "scipy", "torch"))
-    changed = " with uncommitted changes" if machine["uncommitted_changes"] else ""
     return [
         f"`{report['command']}`",
         "",
         f"Network {'-'.join(map(str, report['network']))}. Data: {report['data']}; "
         f"trained and calibrated on {report['training_images']:,} images, judged on "
         f"{report['test_images']:,}. Means (least – most) over seeds {', '.join(map(str, report['seeds']))}. "
-        f"{machine['cores']} cores ({machine['system']}, {machine['machine']}); {versions}; "
-        f"commit {machine['commit'] or 'unknown'}{changed}.",
+        f"{machine_line(report['environment'], 'torch')}",
     ]
-
-
-def table_row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 def _accuracy(found: dict[str, float] | None) -> str:

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 from repurpose_opt import Edge, LayerProblem, solve_layer
 from repurpose_opt_benchmarks import RESULTS, environment
 from repurpose_opt_benchmarks.edge_random import edge_instance
+from repurpose_opt_benchmarks.report import spread, table
 
 N = 4096
 WORKERS = 8
@@ -141,7 +141,7 @@ class _Timed:
 
     @property
     def seconds(self) -> dict[str, float]:
-        return _spread(self.runs)
+        return spread(self.runs)
 
 
 def _interleaved(runs: int, *functions: Callable[[], Any]) -> list[_Timed]:
@@ -157,11 +157,7 @@ def _interleaved(runs: int, *functions: Callable[[], Any]) -> list[_Timed]:
 
 def _ratio(numerator: _Timed, denominator: _Timed) -> dict[str, float]:
     """Spread of the ratio within a round, which a neighbour's load on the machine changes least."""
-    return _spread([a / b for a, b in zip(numerator.runs, denominator.runs, strict=True)])
-
-
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"median": median(values), "least": min(values), "most": max(values), "runs": len(values)}
+    return spread([a / b for a, b in zip(numerator.runs, denominator.runs, strict=True)])
 
 
 def _total(cost: NDArray[np.float64], owner: NDArray[np.int64]) -> float:
@@ -185,7 +181,7 @@ def markdown(report: dict[str, Any]) -> str:
         rows.append((what, _ms(row["solve"]), _ms(row["one_pass"]), _span(row["passes"], 2), bar))
     header = ("what", "first, ms", "second, ms", "ratio", "bar")
     lines = ["# Transport", "", __doc__.strip().split("\n")[0], ""]
-    lines += [_row(header), _row(["---"] * len(header)), *map(_row, rows), ""]
+    lines += [*table(header, rows), ""]
     changed = " with uncommitted changes" if machine["uncommitted_changes"] else ""
     versions = ", ".join(f"{name} {machine[name]}" for name in ("python", "numpy", "scipy", "ortools"))
     lines.append(
@@ -202,10 +198,6 @@ def _ms(seconds: dict[str, float]) -> str:
 
 def _span(values: dict[str, float], digits: int) -> str:
     return f"{values['median']:.{digits}f} ({values['least']:.{digits}f} – {values['most']:.{digits}f})"
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 if __name__ == "__main__":

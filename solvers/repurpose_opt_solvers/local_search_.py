@@ -7,13 +7,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cache, cached_property
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from repurpose_opt.formulation import Formulation
+from repurpose_opt.formulation import Formulation, Volume
 from repurpose_opt.hypergraph import Hypergraph
 from repurpose_opt.isolation import DeadlinePassed, last
 from repurpose_opt.problem import LayerProblem
@@ -36,6 +35,8 @@ _EXPLORED = 0.04
 _LONGER = 4
 """Each later round has so many times the proposals of the one before."""
 _STEPS_OF_TEMPERATURE = 400
+_SHARE_OF_SEARCH = 0.9
+"""Of the time that is left, where the transfers are still to be chosen afterwards."""
 _CHEAP_READERS = 200
 _MOST_ENERGIES = 50_000_000
 _SHARE_OF_TOTAL = 0.1
@@ -43,13 +44,15 @@ _SHARE_OF_TOTAL = 0.1
 
 
 class LocalSearch:
-    """Annealing by swaps and moves from a given start (else from `alternate`). All formulations; a heuristic."""
+    """Annealing from a start, else from `alternate`: Lossless; Edge and Volume on the total. A heuristic."""
 
     name = "local-search"
     requires: tuple[str, ...] = ("numba",)
 
     def supports(self, problem: LayerProblem, formulation: Formulation) -> str | None:
-        found = formulation.hypergraph(problem, np.zeros(problem.m, dtype=np.int64))
+        is_limited = isinstance(formulation, Volume) and formulation.communication == "total"
+        seen = Volume(transfer_price=1.0) if is_limited else formulation  # the same pins; a limit's price takes long
+        found = seen.hypergraph(problem, np.zeros(problem.m, dtype=np.int64))
         if found is None:
             return f"no incremental cost is known for {formulation}"
         if not found.keeps_all and found.m * found.n > _MOST_ENERGIES:
@@ -75,6 +78,8 @@ class LocalSearch:
         if problem.P == 1 or problem.m == 1:
             return Candidate(Termination.HEURISTIC, start)
         remaining = deadline.remaining
+        if remaining is not None and not hypergraph.keeps_all:
+            remaining *= _SHARE_OF_SEARCH
         try:
             if remaining is None or is_compiled():
                 for answer in search(problem, hypergraph, start, options.seed, remaining):  # noqa: B007
@@ -97,8 +102,8 @@ def kernels() -> Any:
 def is_compiled() -> bool:
     """Whether numba has all kernels in its cache, so that they load in a fraction of a second."""
     names = ("gains", "anneal_nets", "anneal_busiest", "anneal_energies")
-    folder = Path(kernels().gains.stats.cache_path)
-    return all(any(folder.glob(f"local_search_kernels.{name}-*.nbi")) for name in names)
+    # The index is empty where it is of another numba, Python or source.
+    return all(getattr(kernels(), name)._cache._cache_file._load_index() for name in names)
 
 
 def search(
@@ -118,7 +123,7 @@ def search(
 
     def answer() -> tuple[NDArray[np.int64], dict[str, Any]]:
         if time_limit is not None:
-            trace.append((time_limit - (deadline.remaining or 0.0), annealing.best + hypergraph.constant))
+            trace.append((time_limit - (deadline.remaining or 0.0), annealing.best))
         stats = {"rounds": rounds, "proposals": annealing.done, "trace": tuple(trace)}
         return annealing.best_owner, stats
 

@@ -19,7 +19,7 @@ _UNIT = 2.0**-53
 _HOPELESS = 12.0
 """Changes above this many temperatures, accepted six times in a million, are refused without a random number."""
 _GAIN = 1e-9
-"""An incumbent must be better by this: less is rounding."""
+"""An incumbent must be better by this many temperatures: less is rounding."""
 
 
 @_compiled
@@ -195,7 +195,7 @@ def anneal_nets(
         _move(pins_start, pins, nets_start, nets, price, fixed, owner, count, leave, enter, i, a, b)
         _carry(load, neuron_load, i, a, b)
         cost += change
-        if cost < best - _GAIN and _is_within(load, capacity, min_load):
+        if cost < best - _GAIN * temperature and _is_within(load, capacity, min_load):
             best = cost
             best_owner[:] = owner
     return cost, best
@@ -265,7 +265,7 @@ def anneal_busiest(
             owner[partner] = a
             _carry(load, neuron_load, partner, b, a)
         cost += change
-        if cost < best - _GAIN and _is_within(load, capacity, min_load):
+        if cost < best - _GAIN * temperature and _is_within(load, capacity, min_load):
             best = cost
             best_owner[:] = owner
     return cost, best
@@ -317,7 +317,7 @@ def anneal_energies(
             owner[partner] = a
             _carry(load, neuron_load, partner, b, a)
         cost += change
-        if cost < best - _GAIN and _is_within(load, capacity, min_load):
+        if cost < best - _GAIN * temperature and _is_within(load, capacity, min_load):
             best = cost
             best_owner[:] = owner
     return cost, best

@@ -92,6 +92,8 @@ class Metis:
 
         The attempt of least volume counts. Raises NoSolution.
         """
+        if problems[0].P == 1:
+            return [np.zeros(problem.m, dtype=np.int64) for problem in problems]
         try:
             owners, _ = last(search_network, problems, formulation, options.seed, time_limit=options.time_limit)
         except DeadlinePassed as passed:
@@ -192,10 +194,10 @@ def _by_shared_inputs(problem: LayerProblem, reads: sparse.csr_array, readers: N
     room = np.minimum(problem.capacity, problem.load.sum())
     room = room[room > 0]  # METIS has no parts without a share
     recursive = P <= _MOST_BY_BISECTION
-    return {
-        "shared": Attempt(alone, (room / room.sum())[:, None], "cut", recursive),
-        "tied": Attempt(tied, share[:, None], "cut", recursive),
-    }
+    found = {"tied": Attempt(tied, share[:, None], "cut", recursive)}
+    if 1 < len(room) <= problem.m:  # METIS divides by zero for one part, and prints for more parts than vertices
+        found = {"shared": Attempt(alone, (room / room.sum())[:, None], "cut", recursive)} | found
+    return found
 
 
 def _off_diagonal(square: Any) -> sparse.csr_array:
@@ -350,7 +352,7 @@ def partition(data: dict[str, Any], seed: int) -> NDArray[np.int64]:
     import pymetis
 
     parts = len(data["tpwgts"])
-    options = pymetis.Options(seed=seed, ufactor=1 if parts <= _MOST_BY_BISECTION else 10)
+    options = pymetis.Options(seed=int(seed), ufactor=1 if parts <= _MOST_BY_BISECTION else 10)
     adjacency = pymetis.CSRAdjacency(data["xadj"], data["adjncy"])
     _, part = pymetis.part_graph(
         parts,

@@ -215,6 +215,8 @@ def _candidate(
     if found.owner is None:
         return Candidate(ended, message="no placement was found in time", stats=found.stats)
     if not task.hypergraph.is_exact:
+        if found.cost - found.bound <= options.relative_gap * max(abs(found.cost), 1e-12):
+            ended = Termination.HEURISTIC  # the stand-in is solved: time was not what ended it
         return Candidate(ended, found.owner, surrogate_bound=bound, stats=found.stats)
     if task.budget is None:
         exchange = formulation.select(problem, found.owner)

@@ -106,7 +106,8 @@ def cp_sat(model: LinearModel, start: NDArray[np.float64] | None, effort: Effort
         elif status in (cp_model.OPTIMAL, cp_model.FEASIBLE):
             tell(Answer(values_of(solver), bound_of(solver)))
         elif status == cp_model.UNKNOWN:
-            tell(Answer(None, bound_of(solver)))
+            has_bound = solver.best_objective_bound != 0 or (model.cost >= 0).all()  # 0 also stands for none
+            tell(Answer(None, bound_of(solver) if has_bound else -np.inf))
         else:
             raise RuntimeError(f"CP-SAT ended with {solver.status_name(status)}: {program.validate()}")
 

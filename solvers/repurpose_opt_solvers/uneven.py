@@ -404,6 +404,8 @@ def _by_integer_program(
     """The best placement within these places (m, P) that HiGHS finds, and its bound; ∞ where there is none."""
     is_free = places.sum(axis=1) > 1
     fixed = np.argmax(places, axis=1)
+    if not is_free.any():
+        return fixed, instance.total(fixed) if instance.is_valid(fixed) else np.inf
     free = np.flatnonzero(is_free)
     held = _held_load(fixed[~is_free], instance.load[~is_free], len(instance.most))
     base = float(instance.cost[~is_free, fixed[~is_free]].sum())
