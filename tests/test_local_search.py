@@ -123,3 +123,28 @@ def test_a_time_limit_ends_it_compiled_or_not(is_compiled: bool, monkeypatch: py
     assert time.monotonic() - started < 20  # a hang, not a race
     assert solution.owner is not None
     assert not solution.violations
+
+
+def test_the_pruner_has_time_left_after_a_search_under_a_limit() -> None:
+    """A search that used the whole limit up left the transfers unchosen: everything was sent."""
+    samples = np.random.default_rng(3).normal(size=(300, 60)) @ np.random.default_rng(4).normal(size=(60, 60))
+    problem = random_problem(3, 40, 60, 4, moments=Moments.from_samples(samples))
+    chain = "contiguous+local-search"
+    limited = solve_problem(problem, Volume(max_nmse=0.3), SolveOptions(time_limit=4.0), partitioner=chain)
+    assert not limited.violations
+    assert limited.transfers.sum() < problem.remote.sum()
+
+
+@pytest.mark.parametrize("unit", [1e-9, 1.0, 1e9])
+def test_the_unit_of_prices_does_not_matter(unit: float) -> None:
+    problem = lossless_problem(64, 4, 0.05, planted=False, seed=0)
+    prices = unit * (1 - np.eye(4))
+    scaled = LayerProblem.create(problem.weight, 4, value_bytes=1, link_price=prices)
+    alternation = solve_problem(problem, Lossless(), partitioner="alternate").objective
+    assert solve_problem(scaled, Lossless(), partitioner="local-search").objective / unit < 0.95 * alternation
+
+
+def test_a_cache_of_another_numba_does_not_count_as_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert local_search_.is_compiled()  # the tests above have compiled it
+    monkeypatch.setattr(local_search_.kernels().gains._cache._cache_file, "_version", "another")
+    assert not local_search_.is_compiled()

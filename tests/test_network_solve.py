@@ -390,3 +390,29 @@ def test_radix_experiment_writes_its_report(metis: Any, tmp_path: Path) -> None:
         assert row["violations"] == 0
         assert row["best"] <= row["forward"]
     assert report["command"] in (tmp_path / "radix.md").read_text()
+
+
+def test_the_answer_may_be_wanted_on_one_of_many_workers() -> None:
+    """METIS divides by zero when it is asked for one part."""
+    weights = [np.random.default_rng(seed).random(shape) for seed, shape in enumerate([(24, 24), (10, 24)])]
+    solution = solve_network(weights, 12, output_owner=0, partitioner="metis")
+    assert not solution.violations
+    assert (solution.layers[-1].owner == 0).all()
+
+
+def test_one_worker_holds_everything() -> None:
+    weights = [np.random.default_rng(seed).random(shape) for seed, shape in enumerate([(6, 5), (4, 6)])]
+    assert solve_network(weights, 1).volume == 0
+
+
+def test_a_backend_that_fails_on_all_layers_at_once_does_not_cost_the_forward_sweep(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("died")
+
+    monkeypatch.setattr("repurpose_opt_solvers.metis_.Metis.solve_network", fail)
+    weights = [np.random.default_rng(seed).random(shape) for seed, shape in enumerate([(6, 5), (4, 6)])]
+    solution = solve_network(weights, 2, partitioner="metis")
+    assert not solution.violations
+    assert "died" in str(solution.stats)

@@ -334,3 +334,15 @@ def test_prices_of_links_decide_where_neurons_go():
         for communication in ("total", "busiest"):
             solution = solve_problem(problem, Lossless(communication=communication), partitioner=name).require()
             assert (solution.owner == 0).all()
+
+
+def test_an_assignment_with_no_choice_left_is_proved() -> None:
+    """Reduced costs may settle every neuron: there is no integer program to solve then."""
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        load = rng.integers(1, 6, 4).astype(float)
+        problem = LayerProblem.create(rng.random((4, 5)), 2, load=load)
+        edge = Edge(weight_price=0.1, transfer_price=0.1)
+        found = solve_problem(problem, edge, solver.SolveOptions(relative_gap=0.0), partitioner="generalised")
+        assert found.termination in (Termination.OPTIMAL, Termination.HEURISTIC), found.message
+        assert not found.violations
