@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from repurpose_opt import Edge, LayerProblem, solve_layer
 from repurpose_opt_benchmarks import RESULTS, environment
 from repurpose_opt_benchmarks.edge_random import edge_instance
-from repurpose_opt_benchmarks.report import spread, table
+from repurpose_opt_benchmarks.report import table
 
 N = 4096
 WORKERS = 8
@@ -141,7 +141,7 @@ class _Timed:
 
     @property
     def seconds(self) -> dict[str, float]:
-        return spread(self.runs)
+        return _spread(self.runs)
 
 
 def _interleaved(runs: int, *functions: Callable[[], Any]) -> list[_Timed]:
@@ -157,7 +157,11 @@ def _interleaved(runs: int, *functions: Callable[[], Any]) -> list[_Timed]:
 
 def _ratio(numerator: _Timed, denominator: _Timed) -> dict[str, float]:
     """Spread of the ratio within a round, which a neighbour's load on the machine changes least."""
-    return spread([a / b for a, b in zip(numerator.runs, denominator.runs, strict=True)])
+    return _spread([a / b for a, b in zip(numerator.runs, denominator.runs, strict=True)])
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": median(values), "least": min(values), "most": max(values)}
 
 
 def _total(cost: NDArray[np.float64], owner: NDArray[np.int64]) -> float:
