@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,8 @@ from numpy.typing import NDArray
 
 from repurpose_opt import Edge, LayerProblem, solve_layer
 from repurpose_opt_benchmarks import RESULTS, environment
-from repurpose_opt_benchmarks.edge_random import edge_instance
 from repurpose_opt_benchmarks.report import table
+from repurpose_opt_benchmarks.edge_random import edge_instance
 
 N = 4096
 WORKERS = 8
@@ -161,7 +162,7 @@ def _ratio(numerator: _Timed, denominator: _Timed) -> dict[str, float]:
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"median": median(values), "least": min(values), "most": max(values)}
+    return {"median": median(values), "least": min(values), "most": max(values), "runs": len(values)}
 
 
 def _total(cost: NDArray[np.float64], owner: NDArray[np.int64]) -> float:
