@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 
 from repurpose_opt import Edge, LayerProblem, solve_layer
 from repurpose_opt_benchmarks import RESULTS, environment
-from repurpose_opt_benchmarks.report import table
 from repurpose_opt_benchmarks.edge_random import edge_instance
+from repurpose_opt_benchmarks.report import table
 
 N = 4096
 WORKERS = 8
