@@ -18,6 +18,8 @@ from repurpose_opt.problem import LayerProblem
 
 _METIS_PINS_PER_SECOND = 10_000
 """METIS gets a tenth of the time limit; it partitions about a hundred thousand nonzeros a second."""
+_LEAST_SECONDS_FOR_METIS = 5.0
+"""Under a shorter limit its tenth is over before its process has started."""
 _MOST_PINS_UNLIMITED = 1_000_000
 _MOST_NEURONS_PROVED = 128
 """Above, integer programming proves nothing in a minute, and annealing finds more than it."""
@@ -48,7 +50,10 @@ def _nets_chain(problem: LayerProblem, formulation: Formulation, pins: int, time
 
     Where METIS would not be done in its share of the time, or a package is missing, the others stand alone.
     """
-    most = _MOST_PINS_UNLIMITED if time_limit is None else _METIS_PINS_PER_SECOND * time_limit
+    if time_limit is None:
+        most = _MOST_PINS_UNLIMITED
+    else:
+        most = int(_METIS_PINS_PER_SECOND * time_limit) if time_limit >= _LEAST_SECONDS_FOR_METIS else -1
     small = time_limit is not None and problem.m <= _MOST_NEURONS_PROVED and _serves("mip", problem, formulation)
     stages = [
         ("metis", "@0.1", pins <= most),

@@ -38,7 +38,9 @@ def test_nets_go_from_structure_to_annealing_and_small_ones_on_to_a_proof() -> N
     assert auto_partitioner(SMALL, Lossless()) == "metis+alternate+local-search"
     assert auto_partitioner(SMALL, Lossless(), 10.0) == "metis@0.1+alternate@0.2+local-search@0.3+mip"
     assert auto_partitioner(LARGE, Lossless(), 10.0) == "metis@0.1+alternate@0.2+local-search"
-    assert auto_partitioner(LARGE, Lossless(), 0.1) == "alternate@0.2+local-search"
+    assert auto_partitioner(LARGE, Lossless(), 2.0) == "alternate@0.2+local-search"
+    dense = lossless_problem(1024, 4, 0.2, planted=False, seed=0)
+    assert auto_partitioner(dense, Lossless(), 10.0) == "alternate@0.2+local-search"
 
 
 def test_a_backend_that_does_not_serve_a_problem_is_left_out() -> None:
