@@ -89,11 +89,11 @@ def test_without_the_symbol_the_error_says_so(metis: Any, monkeypatch: pytest.Mo
 
 
 def test_metis_keeps_the_best_of_its_attempts(metis: Any) -> None:
-    for seed, planted in product(range(2), (False, True)):
-        problem = lossless_problem(256, 8, 0.03, planted=planted, seed=seed)
+    for seed, planted, n in product(range(2), (False, True), (128, 512)):
+        problem = lossless_problem(n, 8, 0.03, planted=planted, seed=seed)
         solution = solve_problem(problem, Lossless(), SolveOptions(seed=seed), partitioner="metis").require()
         volumes = solution.stats["volume_of_attempts"]
-        assert set(volumes) == {"cut", "shared", "tied", "volume"}
+        assert set(volumes) == {"cut", "shared", "tied"} | ({"volume"} if n == 128 else set())
         assert solution.volume == min(volumes.values())
 
 

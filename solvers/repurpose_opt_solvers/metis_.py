@@ -35,6 +35,8 @@ _MOST_BY_BISECTION = 8
 """Parts up to which METIS advises recursive bisection; above, k-way."""
 _EXCESS_BY_BISECTION, _EXCESS_BY_K_WAY = 1.001, 1.01
 """Load of a part over its share that METIS may leave: its ubvec, the nearest to none that it works with."""
+_MOST_FOR_VOLUME = 2_000
+"""Nonzeros up to which METIS's own volume objective is tried too: above, it is slow and never was the best."""
 _MOST_SHARED = 5_000_000
 """Pairs of neurons and a common input, above which the graph of shared inputs is not built."""
 
@@ -174,6 +176,8 @@ def attempts(problem: LayerProblem) -> dict[str, Attempt]:
     readers = np.bincount(reads.indices, minlength=problem.n)
     if np.square(readers).sum() <= _MOST_SHARED:
         found |= _by_shared_inputs(problem, reads, readers)
+    if len(found) > 1 and reads.nnz > _MOST_FOR_VOLUME:
+        return found
     return found | {"volume": Attempt(bipartite, share, "volume", recursive=False)}
 
 
