@@ -73,7 +73,7 @@ class Way:
     """A chain of partitioners for a whole network, and its time limit in seconds."""
 
     partitioner: str
-    time_limit: float | None
+    time_limit: float
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -115,8 +115,8 @@ def measure(layers: int, seeds: int, is_quick: bool) -> dict[str, Any]:
     """Both comparisons, with everything that went into them."""
     missing = [name for name in (OURS, "mt-kahypar", "local-search") if not _is_there(name)]
     rows = [row for seed in range(seeds) for row in _forward(layers, seed)]
-    time_limit = 1.0 if is_quick else 30.0
-    ways = [Way("metis+alternate", None), Way("metis+alternate+local-search", time_limit)]
+    time_limit = 1.0 if is_quick else 10.0
+    ways = [Way(name, time_limit) for name in ("metis+alternate", "metis+alternate+local-search")]
     chains = [replace(chain, neurons=64) for chain in CHAINS] if is_quick else CHAINS
     ways = [way for way in ways if not set(way.partitioner.split("+")) & set(missing)]
     return {
