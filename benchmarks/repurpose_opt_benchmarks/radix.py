@@ -303,10 +303,8 @@ def markdown(report: dict[str, Any]) -> str:
     cells = []
     for kind in dict.fromkeys((row["chain"], row["partitioner"]) for row in report["chains"]):
         same = [row for row in report["chains"] if (row["chain"], row["partitioner"]) == kind]
-        limit = same[0]["time_limit"]
         figures = [_mean(same, key) for key in keys]
-        limited = "–" if limit is None else f"{limit:g}"
-        cells.append([kind[0], f"`{kind[1]}`", limited, *figures, _mean(same, "seconds", 1)])
+        cells.append([kind[0], f"`{kind[1]}`", f"{same[0]['time_limit']:g}", *figures, _mean(same, "seconds", 1)])
     lines += table(titles, cells)
     return "\n".join([*lines, "", *_settings(report)])
 
