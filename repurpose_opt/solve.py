@@ -230,13 +230,13 @@ class _Chain:
         return self._result(last)
 
     def _ask(self, stage: Partitioner, share: float) -> Candidate:
-        reason = stage.supports(self.problem, self.formulation)
-        if reason is not None:
-            return Candidate(Termination.UNSUPPORTED, message=f"{stage.name}: {reason}")
         return self._guarded(stage.name, lambda: self._complete(stage, share))
 
     def _complete(self, stage: Partitioner, share: float) -> Candidate:
         """The stage's candidate, its exchange chosen by the pruner if it left that open."""
+        reason = stage.supports(self.problem, self.formulation)
+        if reason is not None:
+            return Candidate(Termination.UNSUPPORTED, message=f"{stage.name}: {reason}")
         start = None if self.best is None else self.best.owner
         candidate = stage.solve(self.problem, self.formulation, self._options(share), start, self._prune)
         if candidate.owner is not None and candidate.exchange is None:

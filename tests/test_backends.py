@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from repurpose_opt import Edge, Formulation, LayerProblem, Lossless, SolveOptions, Volume, metrics
+from repurpose_opt import Edge, Formulation, LayerProblem, Lossless, SolveOptions, Termination, Volume, metrics
 from repurpose_opt.solve import solve_problem
 from repurpose_opt.testing import random_problem
 from repurpose_opt_solvers.transport import nearest_placement
@@ -88,3 +88,9 @@ def test_metis_depends_on_its_seed_only():
     owners = {seed: owner_of(problem, "metis", seed) for seed in range(6)}
     assert len({tuple(owner) for owner in owners.values()}) > 1
     assert all((owner_of(problem, "metis", seed) == owner).all() for seed, owner in owners.items())
+
+
+def test_brute_force_refuses_what_is_too_many_cases_to_count() -> None:
+    solution = solve_problem(random_problem(m=2000, n=2, P=4), Lossless(), partitioner="brute-force")
+    assert solution.termination is Termination.UNSUPPORTED
+    assert "10^1204.1 cases" in solution.message

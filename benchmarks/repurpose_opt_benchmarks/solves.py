@@ -49,12 +49,16 @@ def run(solves: Sequence[Solve], jobs: int, log: Path | None) -> list[dict[str, 
         waiting = [pool.submit(row_of, solve) for solve in left]
         console = Console(stderr=True)
         finished = as_completed(waiting)
-        for future in track(finished, "solves", len(waiting), console=console, disable=not console.is_terminal):
-            row = future.result()
-            done[_key(row)] = row
-            if log is not None:
-                with log.open("a") as lines:
-                    lines.write(json.dumps(row) + "\n")
+        try:
+            for future in track(finished, "solves", len(waiting), console=console, disable=not console.is_terminal):
+                row = future.result()
+                done[_key(row)] = row
+                if log is not None:
+                    with log.open("a") as lines:
+                        lines.write(json.dumps(row) + "\n")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return [done[_key(asdict(solve))] for solve in solves]
 
 

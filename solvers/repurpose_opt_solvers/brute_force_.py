@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import product
+from math import log10
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,10 +25,10 @@ class BruteForce:
     requires: tuple[str, ...] = ()
 
     def supports(self, problem: LayerProblem, formulation: Formulation) -> str | None:
-        cases = float(problem.P) ** problem.m
+        digits = problem.m * log10(problem.P)
         if not formulation.selection_is_exact(problem):
-            cases *= 2.0 ** int(problem.remote.sum())
-        return None if cases <= _MOST_CASES else f"{cases:.0e} cases to enumerate; at most {_MOST_CASES:,}"
+            digits += int(problem.remote.sum()) * log10(2)
+        return None if digits <= log10(_MOST_CASES) else f"10^{digits:.1f} cases to enumerate; at most {_MOST_CASES:,}"
 
     def solve(
         self,
