@@ -33,7 +33,8 @@ def _bench_list(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(listed, indent=2))
         return 0
-    rows = [("NAME", "INSTANCES", "TITLE")] + [(str(s["name"]), str(s["instances"]), str(s["title"])) for s in listed]
-    rows += [("", "", f"{s['name']}, to install: {s['install']}") for s in listed if s["install"] is not None]
+    rows = [("NAME", "INSTANCES", "TITLE")]
+    for found, install in load_all():
+        rows.append((found.name, str(len(found)), found.title if install is None else f"to install: {install}"))
     print(aligned(rows))
     return 0
