@@ -11,6 +11,8 @@ from pathlib import Path
 _HERE = Path(__file__).resolve().parent
 RESULTS = _HERE.parent / "results"
 """Where experiments write, in a checkout."""
+ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+"""Environment of a process whose libraries are to use one core; they read it when they load."""
 
 
 _SOURCES = ("../../repurpose_opt", "../../solvers", "..", ":(exclude)../results")

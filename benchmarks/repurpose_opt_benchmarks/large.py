@@ -21,7 +21,7 @@ from scipy import sparse
 
 from repurpose_opt import LayerProblem, Lossless, SolveOptions
 from repurpose_opt.solve import solve_problem
-from repurpose_opt_benchmarks import RESULTS, environment
+from repurpose_opt_benchmarks import ONE_THREAD, RESULTS, environment
 from repurpose_opt_benchmarks.placement import PACKAGES
 from repurpose_opt_benchmarks.report import bar, bar_line, machine_line, table, write
 
@@ -62,7 +62,7 @@ def measure_alone(kind: str, n: int, solver: str, seed: int, time_limit: float |
     """`measure` in a fresh process with one thread."""
     call = f"measure{kind, n, solver, seed, time_limit}"
     code = f"import json; from {__spec__.name} import measure; print(json.dumps({call}))"
-    environ = {**os.environ, **{f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}}
+    environ = {**os.environ, **ONE_THREAD}
     done = subprocess.run([sys.executable, "-c", code], env=environ, stdout=subprocess.PIPE, text=True, check=True)
     row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return row

@@ -26,7 +26,7 @@ from repurpose_opt.demo.digits import load_digits
 from repurpose_opt.moments import Moments
 from repurpose_opt.repair import restrict
 from repurpose_opt.solve import solve_problem
-from repurpose_opt_benchmarks import RESULTS, environment
+from repurpose_opt_benchmarks import ONE_THREAD, RESULTS, environment
 from repurpose_opt_benchmarks.report import bar, spread, table
 from repurpose_opt_benchmarks.strips import (
     FULL,
@@ -96,9 +96,8 @@ def measure_alone(mnist_dir: Path | None, seeds: int, is_quick: bool) -> dict[st
     """`measure` in a fresh process with one thread: the libraries read their limits when they load."""
     arguments = (None if mnist_dir is None else str(mnist_dir), seeds, is_quick)
     code = f"import json; from {__spec__.name} import measure; print(json.dumps(measure(*{arguments!r})))"
-    limits = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
     done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **limits}, stdout=subprocess.PIPE, text=True, check=True
+        [sys.executable, "-c", code], env={**os.environ, **ONE_THREAD}, stdout=subprocess.PIPE, text=True, check=True
     )
     report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return report

@@ -22,7 +22,7 @@ from repurpose_opt import LayerProblem, Lossless, SolveOptions, Termination
 from repurpose_opt.linear_model import linear_model, whole_loads
 from repurpose_opt.solve import solve_problem
 from repurpose_opt.solver import Deadline
-from repurpose_opt_benchmarks import RESULTS, environment
+from repurpose_opt_benchmarks import ONE_THREAD, RESULTS, environment
 from repurpose_opt_benchmarks.lossless_classes import LosslessClasses
 from repurpose_opt_benchmarks.lossless_random import lossless_problem
 from repurpose_opt_benchmarks.report import bar, bar_line, machine_line, mean_ratio, table, write
@@ -35,7 +35,6 @@ _SIZES = ((32, 4, 0.05, False), (32, 4, 0.1, False), (64, 2, 0.05, False), (64, 
 _AFTER = (10.0, 30.0, 60.0)
 _WITHIN = 10.0
 """Bar: seconds for the layers that must be proved."""
-_ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
 _PACKAGES = ("ortools", "pymetis")
 
 Row = dict[str, Any]
@@ -64,7 +63,7 @@ def measure(seeds: int, jobs: int, is_quick: bool) -> dict[str, Any]:
     limit = 3.0 if is_quick else max(_AFTER)
     small = list(problems(seeds, SMALL, is_quick))
     larger = [name for name in named(LARGEST, is_quick) if "random" in name and (not is_quick or name in small)]
-    os.environ.update(_ONE_THREAD)  # for the processes: the libraries read it when they load
+    os.environ.update(ONE_THREAD)  # for the processes: the libraries read it when they load
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
 
         def rows(function: Callable[..., Row], calls: Sequence[tuple[Any, ...]]) -> list[Row]:

@@ -30,7 +30,7 @@ from repurpose_opt import LayerProblem, Lossless, registry
 from repurpose_opt.network_solve import solve_network
 from repurpose_opt.solve import solve_problem
 from repurpose_opt.solver import SolveOptions
-from repurpose_opt_benchmarks import RESULTS, environment
+from repurpose_opt_benchmarks import ONE_THREAD, RESULTS, environment
 from repurpose_opt_benchmarks.lossless_random import sparse_layer
 from repurpose_opt_benchmarks.radix_net import radix_layer, radix_net
 from repurpose_opt_benchmarks.report import bar, bar_line, machine_line, table
@@ -103,9 +103,8 @@ def measure_alone(layers: int, seeds: int, is_quick: bool) -> dict[str, Any]:
     """`measure` in a fresh process with one thread: the libraries read their limits when they load."""
     call = f"measure({layers}, {seeds}, {is_quick})"
     code = f"import json; from {__spec__.name} import measure; print(json.dumps({call}))"
-    limits = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
     done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **limits}, stdout=subprocess.PIPE, text=True, check=True
+        [sys.executable, "-c", code], env={**os.environ, **ONE_THREAD}, stdout=subprocess.PIPE, text=True, check=True
     )
     report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return report

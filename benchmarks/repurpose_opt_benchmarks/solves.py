@@ -21,9 +21,8 @@ from repurpose_opt import SolveOptions, registry
 from repurpose_opt.bench.testset import Instance
 from repurpose_opt.solve import solve_problem
 from repurpose_opt.testing import registered
+from repurpose_opt_benchmarks import ONE_THREAD
 from repurpose_opt_solvers.mt_kahypar_ import MtKaHyPar
-
-_ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
 
 PEERS = {"mt-kahypar, repeats only": MtKaHyPar(("DETERMINISTIC",), cycles=0)}
 """Backends that are set up otherwise than the registered one."""
@@ -44,7 +43,7 @@ def run(solves: Sequence[Solve], jobs: int, log: Path | None) -> list[dict[str, 
     """The rows of all solves, in their order; those in the log (JSON lines) are not solved again."""
     done = {} if log is None or not log.exists() else {_key(row): row for row in map(json.loads, log.open())}
     left = [solve for solve in solves if _key(asdict(solve)) not in done]
-    os.environ.update(_ONE_THREAD)  # for the processes: the libraries read it when they load
+    os.environ.update(ONE_THREAD)  # for the processes: the libraries read it when they load
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         waiting = [pool.submit(row_of, solve) for solve in left]
         console = Console(stderr=True)

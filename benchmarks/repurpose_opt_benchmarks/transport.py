@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repurpose_opt import Edge, LayerProblem, solve_layer
-from repurpose_opt_benchmarks import RESULTS, environment
+from repurpose_opt_benchmarks import ONE_THREAD, RESULTS, environment
 from repurpose_opt_benchmarks.edge_random import edge_instance
 from repurpose_opt_benchmarks.report import table
 
@@ -32,8 +32,6 @@ LEAST_SPEEDUP = 50.0
 """Bar: how many times faster than `munkres` the `flow` is."""
 MOST_PASSES = 5.0
 """Bar: how many passes over W the whole solve takes."""
-
-_ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,7 +53,7 @@ def measure_alone(n: int, assignment_runs: int, solve_runs: int) -> dict[str, An
     """`measure` in a fresh process with one thread: the libraries read their limits when they load."""
     call = f"measure({n}, {assignment_runs}, {solve_runs})"
     code = f"import json; from {__spec__.name} import measure; print(json.dumps({call}))"
-    environ = {**os.environ, **_ONE_THREAD}
+    environ = {**os.environ, **ONE_THREAD}
     done = subprocess.run([sys.executable, "-c", code], env=environ, stdout=subprocess.PIPE, text=True, check=True)
     report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return report

@@ -34,7 +34,8 @@ def _bench_list(args: argparse.Namespace) -> int:
         print(json.dumps(listed, indent=2))
         return 0
     rows = [("NAME", "INSTANCES", "TITLE")]
-    for found, install in load_all():
-        rows.append((found.name, str(len(found)), found.title if install is None else f"to install: {install}"))
+    for entry in listed:
+        title = entry["title"] if entry["install"] is None else f"to install: {entry['install']}"
+        rows.append((str(entry["name"]), str(entry["instances"]), str(title)))
     print(aligned(rows))
     return 0

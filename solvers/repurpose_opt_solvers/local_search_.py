@@ -80,13 +80,10 @@ class LocalSearch:
         remaining = deadline.remaining
         if remaining is not None and not hypergraph.keeps_all:
             remaining *= _SHARE_OF_SEARCH
+        # Where numba would compile first, a child does: it cannot be interrupted.
+        enforced = None if remaining is None or is_compiled() else remaining
         try:
-            if remaining is None or is_compiled():
-                for answer in search(problem, hypergraph, start, options.seed, remaining):  # noqa: B007
-                    pass
-            else:  # numba would compile beyond the limit, and cannot be interrupted
-                arguments = (problem, hypergraph, start, options.seed, remaining)
-                answer, _ = last(search, *arguments, time_limit=remaining)
+            answer, _ = last(search, problem, hypergraph, start, options.seed, remaining, time_limit=enforced)
         except DeadlinePassed:
             return Candidate(Termination.TIME_LIMIT, start, message="numba had not compiled the search in time")
         owner, stats = answer
