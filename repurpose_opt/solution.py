@@ -113,6 +113,11 @@ class LayerSolution:
         return bias
 
 
+def rank(solution: LayerSolution) -> tuple[bool, float]:
+    """Sorts solutions: valid before invalid, then by objective."""
+    return bool(solution.violations), solution.objective
+
+
 def verify(
     problem: LayerProblem, formulation: Formulation, candidate: Candidate, options: SolveOptions
 ) -> LayerSolution:

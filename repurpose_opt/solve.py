@@ -18,7 +18,8 @@ from repurpose_opt.exchange import Exchange
 from repurpose_opt.formulation import Formulation, Volume
 from repurpose_opt.moments import Moments
 from repurpose_opt.problem import LayerProblem
-from repurpose_opt.solution import LayerSolution, verify
+from repurpose_opt.pruning import load_pruner
+from repurpose_opt.solution import LayerSolution, rank, verify
 from repurpose_opt.solver import Candidate, Deadline, Partitioner, Prune, Pruner, SolveOptions, Termination
 
 AssignmentCost = Callable[[NDArray[np.int64] | None, Exchange | None], NDArray[np.float64]]
@@ -75,7 +76,7 @@ def solve_layer(
     column_value, row_neuron   which value a column belongs to, which neuron a row does; default the identity
     partitioner    a name from `repurpose-opt solvers`, "auto" (`repurpose_opt.auto` says what that is), or a chain
                    such as "flow+alternate@0.3+local-search", where alternate has 0.3 of the time that is then left
-    pruner         a name, or "auto"
+    pruner         a name, or "auto", or a chain such as "group-omp+swaps", where swaps starts from what group-omp chose
     start          (m,) owners to start from; the answer is never worse
     time_limit     seconds for the whole solve; the incumbent is returned when it passes
 
@@ -132,7 +133,7 @@ def solve_problem(
     chain = auto_partitioner(problem, formulation, options.time_limit) if partitioner == "auto" else partitioner
     stages = [_stage(part) for part in chain.split("+")]
     chosen = auto_pruner(problem, formulation) if pruner == "auto" else pruner
-    with_pruner: Pruner = registry.load("pruners", chosen)()
+    with_pruner = load_pruner(chosen)
     reason = with_pruner.supports(problem, formulation)
     if reason is not None:
         message = f"pruner {chosen}: {reason}"
@@ -150,11 +151,6 @@ def _stage(part: str) -> tuple[Partitioner, float]:
     if not 0 < portion <= 1:
         raise InvalidArgument("partitioner", repr(part), "NAME@SHARE with a share of the time in (0, 1]")
     return registry.load("partitioners", name)(), portion
-
-
-def rank(solution: LayerSolution) -> tuple[bool, float]:
-    """Sorts solutions: valid before invalid, then by objective."""
-    return bool(solution.violations), solution.objective
 
 
 def alternate(

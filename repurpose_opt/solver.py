@@ -109,7 +109,10 @@ class Partitioner(Protocol):
 
 
 class Pruner(Protocol):
-    """Chooses the transfers, given the owners."""
+    """Chooses the transfers, given the owners; `start` is what an earlier pruner of a chain chose.
+
+    A bound, and `optimal`, are for these owners.
+    """
 
     name: str
     requires: tuple[str, ...]
@@ -117,5 +120,10 @@ class Pruner(Protocol):
     def supports(self, problem: LayerProblem, formulation: Formulation) -> str | None: ...
 
     def solve(
-        self, problem: LayerProblem, formulation: Formulation, options: SolveOptions, owner: NDArray[np.int64]
+        self,
+        problem: LayerProblem,
+        formulation: Formulation,
+        options: SolveOptions,
+        owner: NDArray[np.int64],
+        start: Exchange | None = None,
     ) -> Candidate: ...

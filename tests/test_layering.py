@@ -14,6 +14,7 @@ CORE = ROOT / "repurpose_opt"
 ORDER = [
     {"errors"},
     {"isolation", "progress"},  # aside: they know nothing of the core but its errors
+    {"accumulator"},
     {"moments"},
     {"problem"},
     {"exchange", "hypergraph"},
@@ -24,6 +25,7 @@ ORDER = [
     {"solver"},
     {"solution"},
     {"registry"},
+    {"pruning"},
     {"auto"},
     {"solve"},
     {"network_solve"},

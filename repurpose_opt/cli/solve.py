@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from repurpose_opt import __version__, metrics, registry
+from repurpose_opt import __version__, metrics
 from repurpose_opt.auto import auto_pruner
 from repurpose_opt.cli.instance import add_instance, check_file, formulation_of, problem_of, start_of
 from repurpose_opt.cli.text import add_verb, aligned, check_output, fail, natural, seconds
@@ -22,6 +22,7 @@ from repurpose_opt.errors import InvalidArgument, NoSolution
 from repurpose_opt.formats import nearest_placement, read_partition
 from repurpose_opt.formulation import Formulation
 from repurpose_opt.problem import LayerProblem, Weight
+from repurpose_opt.pruning import load_pruner
 from repurpose_opt.solution import LayerSolution, verify
 from repurpose_opt.solve import solve_problem
 from repurpose_opt.solver import SolveOptions
@@ -60,7 +61,7 @@ def add(verbs: Any) -> None:
         metavar="CHAIN",
         help='a name of "solvers", or several joined by +; default: auto, or none with --read-partition',
     )
-    search.add_argument("--pruner", default="auto", metavar="NAME", help='a name of "solvers"')
+    search.add_argument("--pruner", default="auto", metavar="CHAIN", help='the same for pruners; default: auto')
     search.add_argument("--time-limit", type=seconds, metavar="S", help="seconds for the whole solve; default: none")
     search.add_argument("--seed", type=natural, default=0, metavar="N", help="default: 0")
     search.add_argument(
@@ -132,7 +133,7 @@ def _judged(
 ) -> LayerSolution:
     """A placement as it stands, its transfers chosen by the pruner."""
     name = auto_pruner(problem, formulation) if pruner == "auto" else pruner
-    chosen = registry.load("pruners", name)()
+    chosen = load_pruner(name)
     reason = chosen.supports(problem, formulation)
     if reason is not None:
         raise NoSolution(f"the layer has no solution: unsupported (pruner {name}: {reason})")

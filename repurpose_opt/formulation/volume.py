@@ -99,7 +99,7 @@ class Volume(Formulation):
         ranked = zip(value, worker, rate.ravel()[order], strict=True)
         return self.take(problem, owner, ranked)
 
-    def _paid(self, problem: LayerProblem) -> NDArray[np.float64]:
+    def paid(self, problem: LayerProblem) -> NDArray[np.float64]:
         """(n, P) what a transfer counts against the limit: bytes, or priced bytes."""
         if self.budget is None and self.budget_bytes is None:
             return problem.transfer_price
@@ -110,7 +110,7 @@ class Volume(Formulation):
         gain = value_energy(self.judged(problem), owner)
         gain[~problem.remote] = 0.0
         with np.errstate(divide="ignore", invalid="ignore"):
-            return np.where(gain > 0, gain / self._paid(problem), 0.0)
+            return np.where(gain > 0, gain / self.paid(problem), 0.0)
 
     def take(
         self,
@@ -175,7 +175,7 @@ class Volume(Formulation):
         pins = value_pins(judged)
         energy = judged.output_weight @ judged.output_energy
         with np.errstate(invalid="ignore"):
-            prices = np.where(problem.remote, price * self._paid(problem), 0.0)
+            prices = np.where(problem.remote, price * self.paid(problem), 0.0)
         return Hypergraph(
             pins,
             np.nan_to_num(prices, nan=0.0, posinf=np.inf),  # a free transfer is free at any price

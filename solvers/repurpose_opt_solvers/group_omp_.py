@@ -9,17 +9,17 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cholesky, solve_triangular
 from scipy.linalg.blas import dger
 
+from repurpose_opt.exchange import Exchange
 from repurpose_opt.formulation import Formulation, Volume
-from repurpose_opt.metrics import kept_columns
 from repurpose_opt.problem import LayerProblem
 from repurpose_opt.solver import Candidate, Deadline, SolveOptions, Termination
+from repurpose_opt_solvers.reduced import local_inputs
 
 _PROMISING = 64
 
@@ -34,7 +34,12 @@ class GroupOMP:
         return None if isinstance(formulation, Volume) else "greedy by the error after refit: Volume only"
 
     def solve(
-        self, problem: LayerProblem, formulation: Formulation, options: SolveOptions, owner: NDArray[np.int64]
+        self,
+        problem: LayerProblem,
+        formulation: Formulation,
+        options: SolveOptions,
+        owner: NDArray[np.int64],
+        start: Exchange | None = None,
     ) -> Candidate:
         assert isinstance(formulation, Volume)
         if problem.moments.is_diagonal:
@@ -85,7 +90,7 @@ class _WorkerPursuit:
         self.second = problem.moments.regularised
         self.cost = cost
         self.candidate = problem.input_owner != worker
-        local, factor, self.local_half = _local(problem, worker)
+        local, factor, self.local_half = local_inputs(problem, worker)
         given = problem.predicted_moment[rows] * np.sqrt(problem.output_weight[rows])[:, None]
         explained = solve_triangular(factor, given[:, local].T, lower=True)
         self.residual = given - explained.T @ self.local_half
@@ -177,21 +182,6 @@ class _Blocks:
         parts = residual[:, self.columns[candidate]].transpose(1, 2, 0)
         gain[candidate] = np.einsum("vbr,vbr->v", parts, np.linalg.solve(self.moment[candidate], parts))
         return gain
-
-
-_Local = tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]
-_locals: WeakKeyDictionary[LayerProblem, dict[int, _Local]] = WeakKeyDictionary()
-
-
-def _local(problem: LayerProblem, worker: int) -> _Local:
-    """A worker's own columns S, the factor L of C_SS and L⁻¹ C[S,:]; kept as long as the problem, for all owners."""
-    kept = _locals.setdefault(problem, {})
-    if worker not in kept:
-        second = problem.moments.regularised
-        columns = kept_columns(problem, np.zeros((problem.n, problem.P), dtype=bool), worker)
-        factor = cholesky(second[np.ix_(columns, columns)], lower=True)
-        kept[worker] = columns, factor, solve_triangular(factor, second[columns], lower=True)
-    return kept[worker]
 
 
 def _columns_by_size(problem: LayerProblem) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from repurpose_opt.exchange import Exchange
 from repurpose_opt.formulation import Formulation
 from repurpose_opt.problem import LayerProblem
 from repurpose_opt.solver import Candidate, SolveOptions, Termination
@@ -20,6 +21,11 @@ class Threshold:
         return None
 
     def solve(
-        self, problem: LayerProblem, formulation: Formulation, options: SolveOptions, owner: NDArray[np.int64]
+        self,
+        problem: LayerProblem,
+        formulation: Formulation,
+        options: SolveOptions,
+        owner: NDArray[np.int64],
+        start: Exchange | None = None,
     ) -> Candidate:
         return Candidate(Termination.HEURISTIC, owner, formulation.select(problem, owner))
