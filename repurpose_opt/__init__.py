@@ -5,6 +5,7 @@ Importing this package loads NumPy and SciPy only; backends and PyTorch load whe
 
 from typing import TYPE_CHECKING, Any
 
+from repurpose_opt.accumulator import MomentAccumulator
 from repurpose_opt.errors import RepurposeError
 from repurpose_opt.exchange import Exchange, Message
 from repurpose_opt.formulation import Edge, Formulation, Lossless, Volume
@@ -32,6 +33,7 @@ __all__ = [
     "LayerSolution",
     "Lossless",
     "Message",
+    "MomentAccumulator",
     "Moments",
     "NetworkSolution",
     "Partitioner",

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from repurpose_opt.exchange import Exchange
-from repurpose_opt.problem import LayerProblem, Weight, dense
+from repurpose_opt.problem import LayerProblem, Weight, by_row_blocks, dense, row_blocks, times, weighted_squares
 
 TOLERANCE = 1e-9
 
@@ -82,8 +82,9 @@ def nmse(problem: LayerProblem, owner: NDArray[np.int64], weight: Weight, bias: 
     """E‖Wx + b − Vx̂ − b'‖² / E‖Wx‖² on the calibration moments: uncentred, without g or ridge."""
     moments = problem.moments
     centred = np.maximum(_squared_error(problem, owner, weight, 0.0), 0.0).sum()
-    shift = problem.weight @ moments.target_mean + problem.bias - weight @ moments.mean - bias
-    scale = _energy(problem, 0.0).sum() + np.square(problem.weight @ moments.target_mean).sum()
+    output_mean = times(problem, problem.weight, moments.target_mean)
+    shift = output_mean + problem.bias - times(problem, weight, moments.mean) - bias
+    scale = _energy(problem, 0.0).sum() + np.square(output_mean).sum()
     error = centred + np.square(shift).sum()
     return float(error / scale) if scale > 0 else (0.0 if error <= TOLERANCE else float("inf"))
 
@@ -140,7 +141,10 @@ def weights_outside(problem: LayerProblem, owner: NDArray[np.int64], exchange: E
     if sparse.issparse(weight):
         entries = weight.tocoo()
         return int((missing[entries.col, row_owner[entries.row]] & (entries.data != 0)).sum())
-    return sum(int(np.count_nonzero(weight[np.ix_(row_owner == k, missing[:, k])])) for k in range(problem.P))
+    by_worker = np.ascontiguousarray(missing.T)
+    return sum(
+        int(np.count_nonzero(weight[rows].astype(bool) & by_worker[row_owner[rows]])) for rows in row_blocks(problem)
+    )
 
 
 def _most_of_a_worker(traffic: NDArray[Any]) -> Any:
@@ -153,8 +157,7 @@ def _energy(problem: LayerProblem, ridge: float) -> NDArray[np.float64]:
     excess = problem.moments.ridge - ridge
     if excess == 0:
         return problem.output_energy
-    squared = problem.weight.multiply(problem.weight) if problem.is_sparse else np.square(problem.weight)
-    return problem.output_energy - excess * np.asarray(squared.sum(axis=1), dtype=np.float64).ravel()
+    return problem.output_energy - excess * weighted_squares(problem, problem.weight, np.ones(problem.columns))
 
 
 def _squared_error(
@@ -180,14 +183,21 @@ def _squared_error(
 
 def _diagonal_squared_error(problem: LayerProblem, weight: Weight, ridge: float) -> NDArray[np.float64]:
     moments = problem.moments
-    if moments.same_inputs:
-        difference = problem.weight - weight
-        squared: Any = difference.multiply(difference) if sparse.issparse(difference) else np.square(difference)
-        return np.asarray(squared @ (moments.second + ridge), dtype=np.float64)
+    second, cross = moments.second + ridge, moments.cross + ridge
     if sparse.issparse(weight):
-        squared, product = weight.multiply(weight), weight.multiply(problem.weight)
-    else:
-        squared, product = np.square(weight), weight * problem.weight
-    return np.asarray(
-        _energy(problem, ridge) - 2 * (product @ (moments.cross + ridge)) + squared @ (moments.second + ridge)
-    )
+        if moments.same_inputs:
+            difference = sparse.csr_array(problem.weight - weight)
+            return weighted_squares(problem, difference, second)
+        product = np.asarray(weight.multiply(problem.weight) @ cross)
+        return _energy(problem, ridge) - 2 * product + weighted_squares(problem, weight, second)
+
+    def of_same_inputs(rows: slice) -> NDArray[np.float64]:
+        return np.square(dense(problem.weight[rows]) - weight[rows], dtype=np.float64) @ second
+
+    def of_both(rows: slice) -> NDArray[np.float64]:
+        mixed = np.multiply(dense(problem.weight[rows]), weight[rows], dtype=np.float64)
+        return np.square(weight[rows], dtype=np.float64) @ second - 2 * (mixed @ cross)
+
+    if moments.same_inputs:
+        return by_row_blocks(problem, of_same_inputs)
+    return _energy(problem, ridge) + by_row_blocks(problem, of_both)

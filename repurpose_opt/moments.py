@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from repurpose_opt.accumulator import MomentAccumulator, outer
 from repurpose_opt.errors import InvalidArgument
 
 RELATIVE_RIDGE = 1e-3
 """Default λ, as a fraction of the mean variance of an input."""
+FEW_SAMPLES = 4
+"""Full moments of fewer samples than this many a column are shrunk, unless the caller says otherwise.
+
+On layers of an MNIST network the error on other images falls to a third with a quarter of a sample a column, by an
+eighth with one, by 1 to 3 % with four, and not with six.
+"""
 
 
 @dataclass(frozen=True)
@@ -22,6 +31,9 @@ class Moments:
     `second` is C = E[x̂x̂ᵀ], `cross` is D = E[xx̂ᵀ], `target` is C₀ = E[xxᵀ], all centred;
     `mean` is E[x̂], `target_mean` is E[x], each (columns,). Where x̂ = x the three are one array.
     `ridge` is λ ≥ 0: optimisation uses C+λI, D+λI, C₀+λI, which adds λ‖W−V‖² to the error.
+    `samples` is how many they were taken from (None: not known), `shrinkage` the δ that is in C, D and C₀ already:
+    each is (1−δ) times what was measured plus δ μ I, μ the mean measured variance of x̂. The error is then (1−δ) times
+    the measured one plus δ μ ‖W−V‖², so like the ridge it pulls V towards W, not towards 0.
     """
 
     second: NDArray[np.float64]
@@ -30,6 +42,8 @@ class Moments:
     mean: NDArray[np.float64]
     target_mean: NDArray[np.float64]
     ridge: float = 0.0
+    samples: int | None = None
+    shrinkage: float = 0.0
 
     @property
     def is_diagonal(self) -> bool:
@@ -39,6 +53,14 @@ class Moments:
     def same_inputs(self) -> bool:
         """Whether x̂ = x, so that the target weights are the given ones."""
         return self.cross is self.second
+
+    @property
+    def choice(self) -> dict[str, Any]:
+        """What was chosen for the caller: `moments` ("full", "diagonal", "identity"), samples, shrinkage, ridge."""
+        kind = "diagonal" if self.is_diagonal else "full"
+        if self.is_diagonal and self.same_inputs and self.ridge == 0 and (self.second == 1).all():
+            kind = "identity"
+        return {"moments": kind, "samples": self.samples, "shrinkage": self.shrinkage, "ridge": self.ridge}
 
     @cached_property
     def variance(self) -> NDArray[np.float64]:
@@ -58,22 +80,59 @@ class Moments:
         return Moments(ones, ones, ones, zeros, zeros)
 
     @staticmethod
-    def from_samples(inputs: ArrayLike, target_inputs: ArrayLike | None = None) -> Moments:
-        """Moments of samples: `inputs` (samples, columns) is x̂, `target_inputs` is x (x̂ if omitted)."""
-        received = _samples("inputs", inputs)
-        mean = received.mean(axis=0)
-        received = received - mean
-        second = received.T @ received / len(received)
-        if target_inputs is None:
-            return with_default_ridge(second, second, second, mean, mean)
-        original = _samples("target_inputs", target_inputs)
-        if original.shape != received.shape:
-            raise InvalidArgument("target_inputs", f"shape {original.shape}", f"the shape of inputs, {received.shape}")
-        target_mean = original.mean(axis=0)
-        original = original - target_mean
-        return with_default_ridge(
-            second, original.T @ received / len(received), original.T @ original / len(received), mean, target_mean
-        )
+    def from_samples(
+        inputs: ArrayLike,
+        target_inputs: ArrayLike | None = None,
+        *,
+        shrinkage: float | None = None,
+        diagonal: bool | None = None,
+    ) -> Moments:
+        """Moments of samples: `inputs` (samples, columns) is x̂, `target_inputs` is x (x̂ if omitted).
+
+        `shrinkage` and `diagonal` are those of `of`. Raises InvalidArgument.
+        """
+        sums = MomentAccumulator(diagonal)
+        sums.add(inputs, target_inputs)
+        return Moments.of(sums, shrinkage)
+
+    @staticmethod
+    def from_batches(
+        batches: Iterable[Any], *, shrinkage: float | None = None, diagonal: bool | None = None
+    ) -> Moments:
+        """Moments of any iterable of batches, a torch DataLoader for instance, read once and never held together.
+
+        A batch is (samples, columns), NumPy or torch; or a tuple or list of one, or of two such arrays: x̂ and x.
+        `shrinkage` and `diagonal` are those of `of`. Raises InvalidArgument.
+        """
+        sums = MomentAccumulator(diagonal)
+        for batch in batches:
+            sums.add(*_parts(batch))
+        return Moments.of(sums, shrinkage)
+
+    @staticmethod
+    def of(sums: MomentAccumulator, shrinkage: float | None = None) -> Moments:
+        """The moments of what was summed, with the default ridge.
+
+        `shrinkage` δ in [0, 1] moves C, D and C₀ towards μI. None: Ledoit and Wolf's δ for full moments of fewer
+        than FEW_SAMPLES samples a column, else 0. Raises InvalidArgument.
+        """
+        if sums.samples < 2:
+            got = "no samples" if sums.samples == 0 else "one sample"
+            raise InvalidArgument("inputs", got, "two samples or more: one has no variance")
+        if shrinkage is not None and not (isinstance(shrinkage, (int, float, np.number)) and 0 <= shrinkage <= 1):
+            raise InvalidArgument("shrinkage", repr(shrinkage), "a number in [0, 1], or None")
+        second = sums.second()
+        cross, target = (sums.cross(), sums.target()) if sums.has_target else (second, second)
+        if shrinkage is None:
+            few = not sums.diagonal and sums.samples < FEW_SAMPLES * sums.columns
+            shrinkage = sums.ledoit_wolf(second) if few else 0.0
+        if shrinkage > 0:
+            added = shrinkage * float(_diagonal(second).mean())
+            for matrix in (second, cross, target) if sums.has_target else (second,):
+                matrix *= 1 - shrinkage
+                _diagonal(matrix)[:] += added
+        moments = with_default_ridge(second, cross, target, sums.mean, sums.target_mean)
+        return replace(moments, samples=sums.samples, shrinkage=shrinkage)
 
     @staticmethod
     def from_raw(
@@ -90,7 +149,7 @@ class Moments:
         _check_symmetric_nonnegative("second_moment", second)
         columns = len(second)
         mean = np.zeros(columns) if input_mean is None else _finite("input_mean", input_mean, (columns,))
-        centred = second - _outer(mean, mean, second.ndim)
+        centred = second - outer(mean, mean, second.ndim)
         _check_semidefinite("second_moment or input_mean", centred)
         if cross_moment is None:
             for name, given in (("target_moment", target_moment), ("target_mean", target_mean)):
@@ -100,10 +159,10 @@ class Moments:
         if target_moment is None:
             raise InvalidArgument("target_moment", None, "E[xxᵀ] whenever cross_moment is given")
         original = mean if target_mean is None else _finite("target_mean", target_mean, (columns,))
-        cross = _finite("cross_moment", cross_moment, second.shape) - _outer(original, mean, second.ndim)
+        cross = _finite("cross_moment", cross_moment, second.shape) - outer(original, mean, second.ndim)
         target = _finite("target_moment", target_moment, second.shape)
         _check_symmetric_nonnegative("target_moment", target)
-        target = target - _outer(original, original, second.ndim)
+        target = target - outer(original, original, second.ndim)
         _check_semidefinite("target_moment or target_mean", target)
         return with_default_ridge(centred, cross, target, mean, original)
 
@@ -144,11 +203,28 @@ def _finite(name: str, value: ArrayLike, shape: tuple[int, ...] | None = None) -
     return array
 
 
-def _samples(name: str, value: ArrayLike) -> NDArray[np.float64]:
-    array = _finite(name, value)
-    if array.ndim != 2 or len(array) == 0:
-        raise InvalidArgument(name, f"shape {array.shape}", "(samples, columns) with at least one sample")
-    return array
+def _parts(batch: Any) -> tuple[Any, ...]:
+    """The arrays of a batch: x̂, or x̂ and x."""
+    is_pair = isinstance(batch, (tuple, list)) and 1 <= len(batch) <= 2 and _dimensions(batch[0]) == 2
+    return tuple(batch) if is_pair else (batch,)
+
+
+def are_batches(inputs: Any) -> bool:
+    """Whether inputs are an iterable of batches, not one array (or nested lists) of samples."""
+    if hasattr(inputs, "ndim") or isinstance(inputs, (str, bytes)):
+        return False
+    return _dimensions(inputs) > 2 if isinstance(inputs, (tuple, list)) else isinstance(inputs, Iterable)
+
+
+def _dimensions(value: Any) -> int:
+    if hasattr(value, "ndim"):
+        return int(value.ndim)
+    return 1 + _dimensions(value[0]) if isinstance(value, (tuple, list)) and value else 0
+
+
+def _diagonal(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The diagonal as a view that can be written."""
+    return matrix if matrix.ndim == 1 else np.einsum("cc->c", matrix)
 
 
 def _check_symmetric_nonnegative(name: str, matrix: NDArray[np.float64]) -> None:
@@ -171,7 +247,3 @@ def _check_semidefinite(name: str, centred: NDArray[np.float64]) -> None:
         wrong = True
     if wrong:
         raise InvalidArgument(name, "no covariance once centred", "E[xxᵀ] ≽ E[x]E[x]ᵀ of the same samples")
-
-
-def _outer(left: NDArray[np.float64], right: NDArray[np.float64], dimensions: int) -> NDArray[np.float64]:
-    return left * right if dimensions == 1 else np.outer(left, right)

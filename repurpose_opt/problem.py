@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -13,6 +14,7 @@ from scipy import sparse
 from repurpose_opt.errors import InvalidArgument
 from repurpose_opt.moments import Moments, with_ridge
 
+_CACHED_ENTRIES = 1 << 16
 Weight: TypeAlias = Any  # NDArray[np.floating] or sparse.csr_array; SciPy ships no types
 
 
@@ -135,7 +137,9 @@ class LayerProblem:
             return self.weight
         if moments.is_diagonal:
             scale = (moments.cross + moments.ridge) / moments.variance
-            return self.weight.multiply(scale).tocsr() if self.is_sparse else self.weight * scale
+            if self.is_sparse:
+                return self.weight.multiply(scale).tocsr()
+            return by_row_blocks(self, lambda rows: (self.weight[rows] * scale).astype(self.weight.dtype, copy=False))
         target = np.linalg.solve(moments.regularised, self.predicted_moment.T).T
         return type(self.weight)(target) if self.is_sparse else target
 
@@ -149,8 +153,7 @@ class LayerProblem:
         """Diagonal of W (C₀+λI) Wᵀ, (rows,)."""
         target = with_ridge(self.moments.target, self.moments.ridge)
         if target.ndim == 1:
-            squared = self.weight.multiply(self.weight) if self.is_sparse else self.weight * self.weight
-            return np.asarray(squared @ target, dtype=np.float64)
+            return weighted_squares(self, self.weight, target)
         product = np.asarray(_times(self.weight, target))
         return np.einsum("rc,rc->r", product, dense(self.weight))
 
@@ -230,6 +233,40 @@ class LayerProblem:
 def dense(weight: Weight) -> NDArray[Any]:
     """The weight as an ndarray; no copy where it is one already."""
     return weight.toarray() if sparse.issparse(weight) else weight
+
+
+def row_blocks(problem: LayerProblem) -> Iterator[slice]:
+    """Slices of rows small enough that a block of the weight, in float64, stays in cache.
+
+    Whatever is computed from a dense weight goes block by block: of a float32 weight, NumPy would make a float64 copy.
+    """
+    height = max(1, _CACHED_ENTRIES // problem.columns)
+    return (slice(first, first + height) for first in range(0, problem.rows, height))
+
+
+def by_row_blocks(problem: LayerProblem, of_block: Callable[[slice], NDArray[Any]]) -> NDArray[Any]:
+    """(rows, …) what a function gives for each block of rows."""
+    blocks = row_blocks(problem)
+    first = of_block(next(blocks))
+    whole = np.empty((problem.rows, *first.shape[1:]), dtype=first.dtype)
+    whole[: len(first)] = first
+    for rows in blocks:
+        whole[rows] = of_block(rows)
+    return whole
+
+
+def times(problem: LayerProblem, weight: Weight, vector: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(rows,) product of W or V with a vector (columns,)."""
+    if sparse.issparse(weight):
+        return np.asarray(weight @ vector, dtype=np.float64)
+    return by_row_blocks(problem, lambda rows: weight[rows] @ vector)
+
+
+def weighted_squares(problem: LayerProblem, weight: Weight, vector: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(rows,) product of the squares of W or V with a vector (columns,)."""
+    if sparse.issparse(weight):
+        return np.asarray(weight.multiply(weight) @ vector, dtype=np.float64)
+    return by_row_blocks(problem, lambda rows: np.square(weight[rows], dtype=np.float64) @ vector)
 
 
 def _times(weight: Weight, matrix: NDArray[np.float64]) -> NDArray[np.float64]:

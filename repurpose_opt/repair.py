@@ -6,6 +6,9 @@ M_k = C − C[:,S] C_SS⁻¹ C[S,:]. Both follow from G = W̃ C = W D, so W̃ it
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
@@ -13,7 +16,7 @@ from scipy.linalg import LinAlgError, cholesky, solve_triangular
 
 from repurpose_opt.errors import InvalidArgument
 from repurpose_opt.metrics import had_columns, kept_columns
-from repurpose_opt.problem import LayerProblem, Weight, dense
+from repurpose_opt.problem import LayerProblem, Weight, by_row_blocks, dense, row_blocks, times
 
 
 def refit(problem: LayerProblem, owner: NDArray[np.int64], transfers: NDArray[np.bool_]) -> Weight:
@@ -41,7 +44,7 @@ def corrected_bias(problem: LayerProblem, weight: Weight) -> NDArray[np.float64]
     moments = problem.moments
     if not (moments.mean.any() or moments.target_mean.any()):
         return problem.bias
-    return problem.bias + problem.weight @ moments.target_mean - weight @ moments.mean
+    return problem.bias + times(problem, problem.weight, moments.target_mean) - times(problem, weight, moments.mean)
 
 
 def restrict(
@@ -54,11 +57,12 @@ def restrict(
         kept = has[entries.col, row_owner[entries.row]]
         coordinates = (entries.row[kept], entries.col[kept])
         return type(problem.weight)((entries.data[kept], coordinates), shape=weight.shape)
-    restricted = np.zeros_like(weight, dtype=problem.weight.dtype)
-    for k in range(problem.P):
-        rows = np.flatnonzero(row_owner == k)
-        restricted[rows] = np.where(has[:, k], weight[rows], 0)
-    return restricted
+    by_worker = np.ascontiguousarray(has.T)
+
+    def of_block(rows: slice) -> NDArray[Any]:
+        return np.where(by_worker[row_owner[rows]], weight[rows], 0).astype(problem.weight.dtype, copy=False)
+
+    return by_row_blocks(problem, of_block)
 
 
 def compensated_cost(problem: LayerProblem, transfers: NDArray[np.bool_]) -> NDArray[np.float64]:
@@ -69,14 +73,15 @@ def compensated_cost(problem: LayerProblem, transfers: NDArray[np.bool_]) -> NDA
     """
     explained = np.empty((problem.rows, problem.P))
     if problem.moments.is_diagonal:
-        had = had_columns(problem, transfers).astype(np.float64)
-        explained = np.asarray(column_energy(problem) @ had)
+        had = had_columns(problem, transfers) * problem.moments.variance[:, None]
+        for rows, squared in _squared_target(problem):
+            explained[rows] = squared @ had
     else:
         for k in range(problem.P):
             columns = kept_columns(problem, transfers, k)
             half = solve_triangular(_factor(problem, columns), problem.predicted_moment[:, columns].T, lower=True)
             explained[:, k] = np.einsum("cr,cr->r", half, half)
-        explained *= problem.output_weight[:, None]
+    explained *= problem.output_weight[:, None]
     total = problem.output_weight * problem.output_energy
     return sum_rows(problem, total[:, None] - explained)
 
@@ -86,15 +91,19 @@ def column_energy(problem: LayerProblem) -> Weight:
     target, variance = problem.target_weight, problem.moments.variance
     if problem.is_sparse and problem.moments.is_diagonal:
         return target.multiply(target).multiply(variance).multiply(problem.output_weight[:, None]).tocsr()
-    return np.square(dense(target)) * variance * problem.output_weight[:, None]
+    energy = np.square(dense(target), dtype=np.float64)
+    energy *= variance
+    energy *= problem.output_weight[:, None]
+    return energy
 
 
 def value_energy(problem: LayerProblem, owner: NDArray[np.int64]) -> NDArray[np.float64]:
     """E_jk, (n, P): energy of value j over the neurons of worker k, on the diagonal of C."""
-    energy = column_energy(problem)
-    row_owner = owner[problem.row_neuron]
-    on_worker = np.asarray(np.eye(problem.P)[row_owner])
-    by_column = np.asarray(energy.T @ on_worker)
+    on_worker = np.eye(problem.P)[owner[problem.row_neuron]] * problem.output_weight[:, None]
+    by_column = np.zeros((problem.columns, problem.P))
+    for rows, squared in _squared_target(problem):
+        by_column += squared.T @ on_worker[rows]
+    by_column *= problem.moments.variance[:, None]
     if problem.one_column_per_value:
         return by_column
     by_value = np.zeros((problem.n, problem.P))
@@ -120,6 +129,16 @@ def sum_rows(problem: LayerProblem, by_row: NDArray[np.float64]) -> NDArray[np.f
     by_neuron = np.zeros((problem.m, by_row.shape[1]))
     np.add.at(by_neuron, problem.row_neuron, by_row)
     return by_neuron
+
+
+def _squared_target(problem: LayerProblem) -> Iterator[tuple[slice, Weight]]:
+    """Some rows and their w̃_ij²: block by block, or all at once where the weight is sparse."""
+    target = problem.target_weight
+    if problem.is_sparse:
+        yield slice(None), target.multiply(target).tocsr()
+        return
+    for rows in row_blocks(problem):
+        yield rows, np.square(target[rows], dtype=np.float64)
 
 
 def _factor(problem: LayerProblem, columns: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from repurpose_opt import metrics, registry
+from repurpose_opt.accumulator import to_numpy
 from repurpose_opt.auto import auto_partitioner, auto_pruner
 from repurpose_opt.errors import InvalidArgument, RepurposeError
 from repurpose_opt.exchange import Exchange
 from repurpose_opt.formulation import Formulation, Volume
-from repurpose_opt.moments import Moments
+from repurpose_opt.moments import Moments, are_batches
 from repurpose_opt.problem import LayerProblem
 from repurpose_opt.pruning import load_pruner
 from repurpose_opt.solution import LayerSolution, rank, verify
@@ -34,8 +35,9 @@ def solve_layer(
     *,
     input_owner: ArrayLike | None = None,
     formulation: Formulation | None = None,
-    inputs: ArrayLike | None = None,
+    inputs: ArrayLike | Iterable[Any] | None = None,
     target_inputs: ArrayLike | None = None,
+    diagonal_moments: bool | None = None,
     second_moment: ArrayLike | None = None,
     cross_moment: ArrayLike | None = None,
     input_mean: ArrayLike | None = None,
@@ -64,7 +66,11 @@ def solve_layer(
     input_owner    (n,) worker that holds each input; default: contiguous equal runs
     formulation    Edge, Volume, Lossless or your own; default Volume(budget=0.1)
     inputs         (samples, columns) what the layer receives; `target_inputs` the same samples in the original
-                   network, where they differ
+                   network, where they differ. Or any iterable of batches, a DataLoader for instance: arrays
+                   (samples, columns), or pairs of what is received and the original; read once, never held together.
+                   Moments of fewer than 4 samples a column are shrunk (`Moments.of`)
+    diagonal_moments   whether only the variances of `inputs` count, not their correlations; default: above 13,377
+                   columns, where full moments would take more than 4 GiB
     second_moment  raw E[x̂x̂ᵀ] (columns, columns) or its diagonal (columns,), instead of `inputs`; with
                    `cross_moment` E[xx̂ᵀ], `target_moment` E[xxᵀ], `input_mean` E[x̂], `target_mean` E[x].
                    Without any, the inputs count as uncorrelated with unit variance
@@ -87,6 +93,7 @@ def solve_layer(
     moments = _moments(
         inputs=inputs,
         target_inputs=target_inputs,
+        diagonal=diagonal_moments,
         second_moment=second_moment,
         cross_moment=cross_moment,
         input_mean=input_mean,
@@ -189,9 +196,9 @@ def alternate(
         current = verify(problem, formulation, prune(owner), options)
         if current.owner is None:
             break
-        before = best
-        best = min(before, current, key=rank)
-        if formulation.damping == 0 and not rank(best) < _clearly_below(before):
+        before = rank(best)  # not the solution, whose weights would take as much memory as the layer's
+        best = min(best, current, key=rank)
+        if formulation.damping == 0 and not rank(best) < _clearly_below(*before):
             break
     return Candidate(termination, best.owner, best.exchange, message=best.message, stats={"rounds": rounds})
 
@@ -267,7 +274,7 @@ class _Chain:
         return solution
 
     def _result(self, last: LayerSolution | None) -> LayerSolution:
-        stats = {"stages": self.log, "pruner": self.pruner.name, "ridge": self.problem.moments.ridge}
+        stats = {"stages": self.log, "pruner": self.pruner.name, **self.problem.moments.choice}
         if self.best is None or self.best.owner is None:
             assert last is not None
             return replace(last, stats={**last.stats, **stats})
@@ -312,8 +319,7 @@ class _Chain:
         return self.pruned[key]
 
 
-def _clearly_below(solution: LayerSolution) -> tuple[bool, float]:
-    invalid, objective = rank(solution)
+def _clearly_below(invalid: bool, objective: float) -> tuple[bool, float]:
     return invalid, objective - SMALLEST_FALL * abs(objective)
 
 
@@ -331,12 +337,24 @@ def _checked_start(problem: LayerProblem, start: ArrayLike | None) -> NDArray[np
     return owner.astype(np.int64)
 
 
-def _moments(*, inputs: ArrayLike | None, target_inputs: ArrayLike | None, **raw: ArrayLike | None) -> Moments | None:
+def _moments(
+    *,
+    inputs: ArrayLike | Iterable[Any] | None,
+    target_inputs: ArrayLike | None,
+    diagonal: bool | None,
+    **raw: ArrayLike | None,
+) -> Moments | None:
     given = [name for name, value in raw.items() if value is not None]
     if inputs is not None:
         if given:
             raise InvalidArgument("inputs", f"samples together with {', '.join(given)}", "either samples or moments")
-        return Moments.from_samples(_array(inputs), None if target_inputs is None else _array(target_inputs))
+        if not are_batches(inputs):
+            return Moments.from_samples(cast(ArrayLike, inputs), target_inputs, diagonal=diagonal)
+        if target_inputs is not None:
+            raise InvalidArgument("target_inputs", "an argument beside batches", "pairs as the batches of inputs")
+        return Moments.from_batches(cast(Iterable[Any], inputs), diagonal=diagonal)
+    if diagonal is not None:
+        raise InvalidArgument("diagonal_moments", diagonal, "only with inputs; a second_moment may be (columns,)")
     if target_inputs is not None:
         raise InvalidArgument("target_inputs", "samples without inputs", "inputs with it")
     if not given:
@@ -344,11 +362,4 @@ def _moments(*, inputs: ArrayLike | None, target_inputs: ArrayLike | None, **raw
     second = raw.pop("second_moment")
     if second is None:
         raise InvalidArgument(given[0], "a value without second_moment", "second_moment with it")
-    return Moments.from_raw(_array(second), **{k: None if v is None else _array(v) for k, v in raw.items()})
-
-
-def _array(value: Any) -> Any:
-    if not hasattr(value, "detach"):
-        return value
-    tensor = value.detach().cpu()
-    return (tensor.float() if tensor.element_size() < 4 else tensor).numpy()
+    return Moments.from_raw(to_numpy(second), **{k: None if v is None else to_numpy(v) for k, v in raw.items()})

@@ -93,7 +93,7 @@ def test_edge_blocks_of_rows_do_not_change_the_sums(monkeypatch: pytest.MonkeyPa
     problem = random_layer(seed=4, **LAYERS["link_price"]).problem
     owner = random_owner(problem)
     cost, (_, _, objective) = EDGE.assignment_cost(problem, None, None), solve_for(problem, EDGE, owner)
-    monkeypatch.setattr("repurpose_opt.formulation.edge._CACHED_ENTRIES", 10)
+    monkeypatch.setattr("repurpose_opt.problem._CACHED_ENTRIES", 10)
     np.testing.assert_allclose(EDGE.assignment_cost(problem, None, None), cost, rtol=1e-12)
     assert solve_for(problem, EDGE, owner)[2] == pytest.approx(objective, rel=1e-12)
 

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from repurpose_opt import Edge, Exchange, Formulation, LayerProblem, Lossless, Message, Moments, Volume, metrics
+from repurpose_opt import problem as problem_module
 from repurpose_opt.testing import random_problem
 
 LAYERS: dict[str, dict[str, Any]] = {
@@ -52,7 +53,7 @@ def test_diagonal_moments_equal_samples_that_are_uncorrelated(is_sparse: bool, s
     spread, shift = np.array([0.5, 1.0, 2.0]), np.array([0.3, -1.0, 0.2])
     original = np.sqrt(3) * np.vstack([np.diag(spread), -np.diag(spread)]) + shift
     received = original if scale is None else original * scale
-    in_full = Moments.from_samples(received, None if scale is None else original)
+    in_full = Moments.from_samples(received, None if scale is None else original, shrinkage=0.0)
     moments = replace(
         in_full, second=np.diag(in_full.second), cross=np.diag(in_full.cross), target=np.diag(in_full.target)
     )
@@ -71,6 +72,36 @@ def test_diagonal_moments_equal_samples_that_are_uncorrelated(is_sparse: bool, s
     owner = random_owner(problem)
     assert metrics.weighted_error(problem, owner, weight) == pytest.approx(expected, rel=1e-9)
     assert metrics.nmse(problem, owner, weight, np.zeros(5)) == pytest.approx(expected_nmse, rel=1e-9)
+
+
+@pytest.mark.parametrize("moments", ["same", "received"])
+@pytest.mark.parametrize("height", [1, 3, 100])
+def test_row_blocks_of_any_height_give_the_sums_over_whole_matrices(
+    monkeypatch: pytest.MonkeyPatch, moments: str, height: int
+):
+    random = np.random.default_rng(height)
+    monkeypatch.setattr(problem_module, "_CACHED_ENTRIES", height * 5)
+    inputs = random.normal(size=(40, 5)) + 1.0
+    received = None if moments == "same" else inputs + 0.3 * random.normal(size=inputs.shape)
+    given = Moments.from_samples(
+        inputs if received is None else received, None if received is None else inputs, diagonal=True
+    )
+    problem = random_problem(7, n=5, weight=random.normal(size=(7, 5)).astype(np.float32), moments=given)
+    owner, transfers = random_owner(problem), random_transfers(problem)
+    V = random_supported_weight(problem, owner, transfers).astype(np.float32)
+    W, v, ridge = problem.weight.astype(np.float64), V.astype(np.float64), given.ridge
+    second, cross, target = np.diag(given.second), np.diag(given.cross), np.diag(given.target)
+    raw = W @ target @ W.T - 2 * v @ cross.T @ W.T + v @ second @ v.T
+    expected = np.trace(raw) + ridge * np.square(W - v).sum()
+    assert metrics.weighted_error(problem, owner, V) == pytest.approx(expected, rel=1e-6)
+    shift = W @ given.target_mean + problem.bias - v @ given.mean
+    scale = np.trace(W @ target @ W.T) + np.square(W @ given.target_mean).sum()
+    expected = (np.trace(raw) + np.square(shift).sum()) / scale
+    assert metrics.nmse(problem, owner, V, np.zeros(7)) == pytest.approx(expected, rel=1e-6)
+    everywhere = np.ones((7, 5))
+    lacking = 7 * 5 - np.count_nonzero(random_supported_weight(problem, owner, transfers))
+    exchange = Exchange.of_transfers(transfers, problem.input_owner)
+    assert metrics.weights_outside(problem, owner, exchange, everywhere) == lacking > 0
 
 
 def test_nmse_of_float32_weights():

@@ -333,8 +333,10 @@ def test_an_activation_in_place_changes_neither_data_nor_plan() -> None:
     assert error <= 0.1
 
 
-def test_a_single_sample_is_enough_to_run() -> None:
-    assert planned(Volume(budget=0.1), data=digits()[0][:1]).volume <= 83
+def test_two_samples_are_enough_to_run_and_one_says_nothing() -> None:
+    assert planned(Volume(budget=0.1), data=digits()[0][:2]).volume <= 83
+    with pytest.raises(InvalidArgument, match="one sample"):
+        planned(Volume(budget=0.1), data=digits()[0][:1])
 
 
 def test_regression_by_squared_error() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -22,9 +24,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse
 
-from repurpose_opt import LayerProblem, Moments, metrics
+from repurpose_opt import Exchange, LayerProblem, Moments, metrics
+from repurpose_opt import problem as problem_module
 from repurpose_opt.problem import dense
-from repurpose_opt.repair import compensated_cost, corrected_bias, refit, restrict
+from repurpose_opt.repair import column_energy, compensated_cost, corrected_bias, refit, restrict, value_energy
 from repurpose_opt.testing import random_problem
 
 LAYERS: dict[str, dict[str, Any]] = {
@@ -166,3 +169,83 @@ def test_compensated_costs_add_up_to_the_error_after_refit(moments: str, is_spar
     cost = compensated_cost(problem, transfers)[np.arange(6), owner].sum()
     error = metrics.weighted_error(problem, owner, refit(problem, owner, transfers))
     assert cost == pytest.approx(error, rel=1e-9)
+
+
+def diagonal_moments(columns: int, seed: int = 0) -> Moments:
+    """x̂ ≠ x, with means."""
+    random = np.random.default_rng(seed)
+    original = random.normal(size=(50, columns)) * random.uniform(0.5, 2.0, columns) + 1.0
+    return Moments.from_samples(original + 0.3 * random.normal(size=original.shape), original, diagonal=True)
+
+
+@pytest.mark.parametrize("height", [1, 3, 100])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_row_blocks_of_any_height_give_what_whole_matrices_give(
+    monkeypatch: pytest.MonkeyPatch, height: int, dtype: type
+):
+    monkeypatch.setattr(problem_module, "_CACHED_ENTRIES", height * 8)
+    moments = diagonal_moments(8)
+    weight = np.random.default_rng(1).normal(size=(8, 8)).astype(dtype)
+    g = np.arange(1.0, 9.0)
+    problem = LayerProblem.create(weight, 3, moments=moments, output_weight=g, input_owner=[0, 1, 2, 1, 0], **BLOCKS)
+    owner, transfers = random_owner(problem), random_transfers(problem)
+    tolerance = {"rtol": 1e-12 if dtype is np.float64 else 1e-6, "atol": 1e-12 if dtype is np.float64 else 1e-5}
+    scale = (moments.cross + moments.ridge) / moments.variance
+    W = weight.astype(np.float64)
+    np.testing.assert_allclose(problem.target_weight, W * scale, **tolerance)
+    assert problem.target_weight.dtype == dtype
+    energy = np.square(W * scale) * moments.variance * g[:, None]
+    np.testing.assert_allclose(column_energy(problem), energy, **tolerance)
+    np.testing.assert_allclose(problem.output_energy, np.square(W) @ (moments.target + moments.ridge), **tolerance)
+    by_worker = np.stack([energy[owner[problem.row_neuron] == k].sum(axis=0) for k in range(3)], axis=1)
+    by_value = np.stack([by_worker[problem.column_value == j].sum(axis=0) for j in range(5)])
+    np.testing.assert_allclose(value_energy(problem, owner), by_value, **tolerance)
+    lacking = ~(transfers | ~problem.remote)[problem.column_value]
+    unexplained = g * (np.square(W) @ (moments.target + moments.ridge)) - energy.sum(axis=1)
+    by_row = energy @ lacking + unexplained[:, None]
+    by_neuron = np.stack([by_row[problem.row_neuron == i].sum(axis=0) for i in range(6)])
+    np.testing.assert_allclose(compensated_cost(problem, transfers), by_neuron, **tolerance)
+    has = has_column(problem, owner, transfers)
+    V = refit(problem, owner, transfers)
+    np.testing.assert_allclose(V, np.where(has, W * scale, 0.0), **tolerance)
+    assert V.dtype == dtype
+    bias = W @ moments.target_mean - V.astype(np.float64) @ moments.mean
+    np.testing.assert_allclose(corrected_bias(problem, V), bias, **tolerance)
+
+
+WHOLE = random_problem(
+    512, 2048, P=4, weight=np.random.default_rng(2).normal(size=(512, 2048)).astype(np.float32),
+    moments=diagonal_moments(2048),
+)  # fmt: skip
+OWNER, TRANSFERS = random_owner(WHOLE), random_transfers(WHOLE)
+FUNCTIONS: dict[str, tuple[float, Callable[[], Any]]] = {
+    "target_weight": (1.0, lambda: replace(WHOLE).target_weight),
+    "output_energy": (0.0, lambda: replace(WHOLE).output_energy),
+    "restrict": (1.0, lambda: restrict(WHOLE, WHOLE.weight, OWNER, TRANSFERS)),
+    "corrected_bias": (0.0, lambda: corrected_bias(WHOLE, WHOLE.weight)),
+    "compensated_cost": (0.0, lambda: compensated_cost(WHOLE, TRANSFERS)),
+    "value_energy": (0.0, lambda: value_energy(WHOLE, OWNER)),
+    "weighted_error": (0.0, lambda: metrics.weighted_error(WHOLE, OWNER, WHOLE.weight)),
+    "weighted_error of what nothing was pruned before": (
+        0.0,
+        lambda: metrics.weighted_error(replace(WHOLE, moments=Moments.identity(2048)), OWNER, WHOLE.weight),
+    ),
+    "nmse": (0.0, lambda: metrics.nmse(WHOLE, OWNER, WHOLE.weight, WHOLE.bias)),
+    "weights_outside": (
+        0.0,
+        lambda: metrics.weights_outside(
+            WHOLE, OWNER, Exchange.of_transfers(TRANSFERS, WHOLE.input_owner), WHOLE.weight
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize(("result", "function"), FUNCTIONS.values(), ids=FUNCTIONS)
+def test_diagonal_moments_need_no_copy_of_the_weight(result: float, function: Callable[[], Any]):
+    """Beyond a result of so many times the weight: row blocks, and vectors of the columns."""
+    assert WHOLE.target_weight is not None  # computed once, and not counted below
+    tracemalloc.start()
+    function()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < (result + 0.6) * WHOLE.weight.nbytes

@@ -61,7 +61,7 @@ def add(verbs: Any) -> None:
         metavar="CHAIN",
         help='a name of "solvers", or several joined by +; default: auto, or none with --read-partition',
     )
-    search.add_argument("--pruner", default="auto", metavar="CHAIN", help='the same for pruners; default: auto')
+    search.add_argument("--pruner", default="auto", metavar="CHAIN", help="the same for pruners; default: auto")
     search.add_argument("--time-limit", type=seconds, metavar="S", help="seconds for the whole solve; default: none")
     search.add_argument("--seed", type=natural, default=0, metavar="N", help="default: 0")
     search.add_argument(

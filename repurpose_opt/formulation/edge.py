@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,10 +14,8 @@ from repurpose_opt.formulation.busiest import Ranking, check_communication
 from repurpose_opt.formulation.protocol import Formulation, check_price
 from repurpose_opt.hypergraph import Hypergraph
 from repurpose_opt.metrics import had_columns
-from repurpose_opt.problem import LayerProblem, Weight
+from repurpose_opt.problem import LayerProblem, Weight, row_blocks
 from repurpose_opt.repair import sum_rows
-
-_CACHED_ENTRIES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,7 @@ class Edge(Formulation):
             kept = weight.tocoo()
             return float(error + price[kept.col, row_owner[kept.row]][kept.data != 0].sum())
         total = 0.0
-        for rows in _row_blocks(problem):
+        for rows in row_blocks(problem):
             difference = target[rows] - weight[rows]
             total += float(problem.output_weight[rows] @ (np.square(difference) @ variance))
             kept_price = (weight[rows] != 0) @ price
@@ -117,7 +114,7 @@ class Edge(Formulation):
             entries = problem.target_weight.tocoo()
             np.maximum.at(most, (row_owner[entries.row], entries.col), _sparse_energy(problem, entries))
         else:
-            for rows in _row_blocks(problem):
+            for rows in row_blocks(problem):
                 for k, energy in zip(row_owner[rows], _energy(problem, rows), strict=True):
                     np.maximum(most[k], energy, out=most[k])
         column, worker = np.nonzero(price < most.T)
@@ -135,7 +132,7 @@ class Edge(Formulation):
             np.add.at(by_column, (row_owner[entries.row], entries.col), gain)
         else:
             on_worker = np.eye(problem.P)[row_owner]
-            for rows in _row_blocks(problem):
+            for rows in row_blocks(problem):
                 by_column += on_worker[rows].T @ np.maximum(_energy(problem, rows) - self.weight_price, 0.0)
         by_value = np.zeros((problem.n, problem.P))
         np.add.at(by_value, problem.column_value, by_column.T)
@@ -152,7 +149,7 @@ class Edge(Formulation):
             return sparse.csr_array((entries.data[keep], coordinates), shape=problem.weight.shape)
         kept = np.empty_like(problem.weight)
         by_worker = np.ascontiguousarray(price.T)
-        for rows in _row_blocks(problem):
+        for rows in row_blocks(problem):
             worth = _energy(problem, rows) > by_worker[row_owner[rows]]
             np.multiply(problem.target_weight[rows], worth, out=kept[rows])
         return kept
@@ -168,12 +165,6 @@ class Edge(Formulation):
 
     def selection_is_exact(self, problem: LayerProblem) -> bool:
         return self.communication == "total"
-
-
-def _row_blocks(problem: LayerProblem) -> Iterator[slice]:
-    """Slices of rows small enough that a block of the weight stays in cache."""
-    height = max(1, _CACHED_ENTRIES // problem.columns)
-    return (slice(first, first + height) for first in range(0, problem.rows, height))
 
 
 def _energy(problem: LayerProblem, rows: slice) -> NDArray[np.float64]:
@@ -201,7 +192,7 @@ def _uniform_capped_energy(problem: LayerProblem, price: NDArray[np.float64]) ->
     elsewhere = price[columns, (problem.column_home + 1) % problem.P]
     held_by = np.eye(problem.P)[problem.column_home]
     capped = np.empty((problem.rows, problem.P))
-    for rows in _row_blocks(problem):
+    for rows in row_blocks(problem):
         energy = _energy(problem, rows)
         local = np.minimum(energy, at_home) @ held_by
         np.minimum(energy, elsewhere, out=energy)
@@ -213,7 +204,7 @@ def _uniform_capped_energy(problem: LayerProblem, price: NDArray[np.float64]) ->
 def _capped_energy(problem: LayerProblem, price: NDArray[np.float64]) -> NDArray[np.float64]:
     """(rows, P) Σ_j min(energy_ij, price_jk) for any prices."""
     capped = np.empty((problem.rows, problem.P))
-    for rows in _row_blocks(problem):
+    for rows in row_blocks(problem):
         energy = _energy(problem, rows)
         for k in range(problem.P):
             capped[rows, k] = np.minimum(energy, price[:, k]).sum(axis=1)
