@@ -40,9 +40,13 @@ def auto_partitioner(problem: LayerProblem, formulation: Formulation, time_limit
 
 
 def auto_pruner(problem: LayerProblem, formulation: Formulation) -> str:
-    """group-omp for Volume, unless `select` is exact already; else threshold."""
-    greedy = formulation.name == "volume" and not formulation.selection_is_exact(problem)
-    return "group-omp" if greedy else "threshold"
+    """group-omp+swaps+tabu for Volume, unless `select` is exact already; else threshold.
+
+    group-omp alone where the busiest worker counts. benchmarks/results/pruning.md compares them.
+    """
+    if formulation.name != "volume" or formulation.selection_is_exact(problem):
+        return "threshold"
+    return "group-omp" + ("+swaps+tabu" if _serves("pruners", "swaps", problem, formulation) else "")
 
 
 def _nets_chain(problem: LayerProblem, formulation: Formulation, pins: int, time_limit: float | None) -> str:
@@ -54,7 +58,11 @@ def _nets_chain(problem: LayerProblem, formulation: Formulation, pins: int, time
         most = _MOST_PINS_UNLIMITED
     else:
         most = int(_METIS_PINS_PER_SECOND * time_limit) if time_limit >= _LEAST_SECONDS_FOR_METIS else -1
-    small = time_limit is not None and problem.m <= _MOST_NEURONS_PROVED and _serves("mip", problem, formulation)
+    small = (
+        time_limit is not None
+        and problem.m <= _MOST_NEURONS_PROVED
+        and _serves("partitioners", "mip", problem, formulation)
+    )
     stages = [
         ("metis", "@0.1", pins <= most),
         ("alternate", "@0.2", True),
@@ -64,11 +72,11 @@ def _nets_chain(problem: LayerProblem, formulation: Formulation, pins: int, time
     return "+".join(
         name + (share if time_limit is not None else "")
         for name, share, wanted in stages
-        if wanted and _serves(name, problem, formulation)
+        if wanted and _serves("partitioners", name, problem, formulation)
     )
 
 
-def _serves(name: str, problem: LayerProblem, formulation: Formulation) -> bool:
-    if not registry.is_installed("partitioners", name):
+def _serves(kind: str, name: str, problem: LayerProblem, formulation: Formulation) -> bool:
+    if not registry.is_installed(kind, name):
         return False
-    return registry.load("partitioners", name)().supports(problem, formulation) is None
+    return registry.load(kind, name)().supports(problem, formulation) is None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,56 +14,91 @@ from repurpose_opt.exchange import Exchange
 from repurpose_opt.formulation import Formulation
 from repurpose_opt.problem import LayerProblem
 from repurpose_opt.solution import LayerSolution, rank, verify
-from repurpose_opt.solver import Candidate, Deadline, Pruner, SolveOptions, Termination
+from repurpose_opt.solver import Candidate, Deadline, Pruner, PruneStage, SolveOptions, Termination
 
 
-def load_pruner(chain: str) -> Pruner:
-    """The pruner of a name, or of several joined by +. Raises UnknownSolver, SolverNotInstalled."""
-    stages = tuple(registry.load("pruners", name)() for name in chain.split("+"))
-    return stages[0] if len(stages) == 1 else PrunerChain(stages)
+def load_pruner(chain: str) -> PrunerChain:
+    """The pruners of a name, or of several joined by +. Raises UnknownSolver, SolverNotInstalled."""
+    return PrunerChain(tuple(registry.load("pruners", name)() for name in chain.split("+")))
 
 
 @dataclass(frozen=True)
 class PrunerChain:
     """Pruners one after the other, each starting from the best exchange so far, under one time limit."""
 
-    stages: tuple[Pruner, ...]
+    pruners: tuple[Pruner, ...]
 
     @property
     def name(self) -> str:
-        return "+".join(stage.name for stage in self.stages)
-
-    @property
-    def requires(self) -> tuple[str, ...]:
-        return tuple(package for stage in self.stages for package in stage.requires)
+        return "+".join(pruner.name for pruner in self.pruners)
 
     def supports(self, problem: LayerProblem, formulation: Formulation) -> str | None:
-        reasons = [(stage.name, stage.supports(problem, formulation)) for stage in self.stages]
+        """Why one of the pruners cannot solve the problem, or None."""
+        reasons = [(pruner.name, pruner.supports(problem, formulation)) for pruner in self.pruners]
         return next((f"{name}: {reason}" for name, reason in reasons if reason is not None), None)
 
     def solve(
-        self,
-        problem: LayerProblem,
-        formulation: Formulation,
-        options: SolveOptions,
-        owner: NDArray[np.int64],
-        start: Exchange | None = None,
+        self, problem: LayerProblem, formulation: Formulation, options: SolveOptions, owner: NDArray[np.int64]
     ) -> Candidate:
-        """The best exchange of all stages. `time_limit` where the limit passed, `error` where no stage answered."""
+        """The best exchange of all pruners. `time_limit` where the limit passed; the last answer where none has one."""
         deadline = Deadline(options.time_limit)
         best: LayerSolution | None = None
-        asked: list[Candidate] = []
-        for stage in self.stages:
+        asked: dict[str, Candidate] = {}
+        for pruner in self.pruners:
             left = deadline.remaining
             within = replace(options, time_limit=None if left is None else max(left, 1e-3))
-            candidate = stage.solve(problem, formulation, within, owner, start if best is None else best.exchange)
-            asked.append(candidate)
+            candidate = pruner.solve(problem, formulation, within, owner, None if best is None else best.exchange)
+            asked[pruner.name] = candidate
             solution = verify(problem, formulation, candidate, options)
             if solution.owner is not None and (best is None or rank(solution) < rank(best)):
                 best = solution
-        stats = {"pruners": {stage.name: dict(c.stats) for stage, c in zip(self.stages, asked, strict=True)}}
+        stats = {"pruners": {name: dict(candidate.stats) for name, candidate in asked.items()}}
         if best is None:
-            return replace(asked[-1], stats=stats)
-        out_of_time = Termination.TIME_LIMIT in (candidate.termination for candidate in asked)
+            return replace(candidate, stats=stats)
+        out_of_time = any(candidate.termination is Termination.TIME_LIMIT for candidate in asked.values())
         termination = Termination.TIME_LIMIT if out_of_time else best.termination
         return Candidate(termination, owner, best.exchange, best.bound, message=best.message, stats=stats)
+
+
+class Pruning:
+    """A chain of pruners for one problem, as partitioners see it (`repurpose_opt.solver.Prune`)."""
+
+    def __init__(
+        self, problem: LayerProblem, formulation: Formulation, chain: PrunerChain, options: Callable[[], SolveOptions]
+    ) -> None:
+        self.problem, self.formulation, self.chain = problem, formulation, chain
+        self.options = options
+        """Called for each pruning: the time that is left."""
+        self.pruned: dict[tuple[str, bytes], Candidate] = {}
+
+    @property
+    def stages(self) -> Sequence[PruneStage]:
+        return [partial(self._stage, pruner) for pruner in self.chain.pruners]
+
+    def __call__(self, owner: NDArray[np.int64]) -> Candidate:
+        return self._remembered(self.chain if len(self.chain.pruners) > 1 else self.chain.pruners[0], owner)
+
+    def _stage(self, pruner: Pruner, owner: NDArray[np.int64], start: Exchange | None) -> Candidate:
+        if start is None:
+            return self._remembered(pruner, owner)
+        return _for_these_owners(pruner.solve(self.problem, self.formulation, self.options(), np.array(owner), start))
+
+    def _remembered(self, pruner: Pruner | PrunerChain, owner: NDArray[np.int64]) -> Candidate:
+        owner = np.array(owner)  # a copy: a local search changes its array in place
+        key = (pruner.name, owner.tobytes())  # a partitioner prunes its start again, which is often the costliest step
+        if key not in self.pruned:
+            pruned = pruner.solve(self.problem, self.formulation, self.options(), owner)
+            self.pruned[key] = _for_these_owners(pruned)
+        return self.pruned[key]
+
+
+def _for_these_owners(candidate: Candidate) -> Candidate:
+    """A pruner's proof holds for its owners only, so it is no bound on the layer."""
+    proved = candidate.termination is Termination.OPTIMAL
+    return replace(
+        candidate,
+        termination=Termination.HEURISTIC if proved else candidate.termination,
+        bound=None,
+        surrogate_bound=None,
+        stats={**candidate.stats, "bound_given_owners": candidate.bound},
+    )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -19,9 +19,17 @@ from repurpose_opt.exchange import Exchange
 from repurpose_opt.formulation import Formulation, Volume
 from repurpose_opt.moments import Moments, are_batches
 from repurpose_opt.problem import LayerProblem
-from repurpose_opt.pruning import load_pruner
+from repurpose_opt.pruning import PrunerChain, Pruning, load_pruner
 from repurpose_opt.solution import LayerSolution, rank, verify
-from repurpose_opt.solver import Candidate, Deadline, Partitioner, Prune, Pruner, SolveOptions, Termination
+from repurpose_opt.solver import (
+    Candidate,
+    Deadline,
+    Partitioner,
+    Prune,
+    PruneStage,
+    SolveOptions,
+    Termination,
+)
 
 AssignmentCost = Callable[[NDArray[np.int64] | None, Exchange | None], NDArray[np.float64]]
 MOST_ROUNDS = 60
@@ -164,61 +172,93 @@ def alternate(
     problem: LayerProblem,
     formulation: Formulation,
     options: SolveOptions,
-    start: NDArray[np.int64] | None,
+    starts: Sequence[NDArray[np.int64]],
     prune: Prune,
     assignment_cost: AssignmentCost,
     assign: Callable[[NDArray[np.float64]], NDArray[np.int64]],
 ) -> Candidate:
     """Assign the neurons by their cost given the transfers, choose the transfers anew, and so on.
 
-    Where the cost given the transfers is exact (damping 0), a round is accepted only if the verified objective does
-    not rise. Where it is only marginal, up to 60 damped rounds run and the best is kept.
-    `assign` maps costs (m, P) to owners (m,).
+    From each of the starts, owners (m,), with the first pruner of the chain; then from the best with the pruners after
+    it, each of which improves the transfers as they are. Where the cost given the transfers is exact (damping 0), a
+    round is accepted only if the verified objective does not rise; where it is only marginal, up to 60 damped rounds
+    run and the best is kept. `assign` maps costs (m, P) to owners (m,).
     """
-    deadline = Deadline(options.time_limit)
-    owner = assign(assignment_cost(None, None)) if start is None else start
-    current = best = verify(problem, formulation, prune(owner), options)
-    if start is None and formulation.assignment_is_exact:  # the cost does not depend on the owners
-        return Candidate(Termination.HEURISTIC, best.owner, best.exchange, message=best.message)
-    cost = None
-    rounds = 0
-    termination = Termination.HEURISTIC
-    while rounds < MOST_ROUNDS and best.owner is not None:
-        if deadline.passed:
-            termination = Termination.TIME_LIMIT
-            break
-        fresh = assignment_cost(current.owner, current.exchange)
-        cost = fresh if cost is None else formulation.damping * cost + (1 - formulation.damping) * fresh
-        owner = assign(cost)
-        if (owner == current.owner).all():
-            break
-        rounds += 1
-        current = verify(problem, formulation, prune(owner), options)
-        if current.owner is None:
-            break
-        before = rank(best)  # not the solution, whose weights would take as much memory as the layer's
-        best = min(best, current, key=rank)
-        if formulation.damping == 0 and not rank(best) < _clearly_below(*before):
-            break
-    return Candidate(termination, best.owner, best.exchange, message=best.message, stats={"rounds": rounds})
+    loop = _Alternation(problem, formulation, options, assignment_cost, assign)
+    first, *others = prune.stages
+    found = [loop.run(first, owner, None) for owner in starts]
+    best = min((solution for solution in found if solution.owner is not None), key=rank, default=found[0])
+    for stage in others:
+        if best.owner is not None and not loop.deadline.passed:
+            best = loop.run(stage, best.owner, best)
+    termination = Termination.TIME_LIMIT if loop.deadline.passed else Termination.HEURISTIC
+    return Candidate(termination, best.owner, best.exchange, message=best.message, stats={"rounds": loop.rounds})
+
+
+@dataclass
+class _Alternation:
+    """Rounds of one pruner and one way to assign; `rounds` counts those of all runs."""
+
+    problem: LayerProblem
+    formulation: Formulation
+    options: SolveOptions
+    assignment_cost: AssignmentCost
+    assign: Callable[[NDArray[np.float64]], NDArray[np.int64]]
+    rounds: int = 0
+
+    def __post_init__(self) -> None:
+        self.deadline = Deadline(self.options.time_limit)
+
+    def run(self, stage: PruneStage, owner: NDArray[np.int64], before: LayerSolution | None) -> LayerSolution:
+        """The best of all rounds from these owners, each from the exchange before it if there is one to start from."""
+        current = self._pruned(stage, owner, before)
+        best = current if before is None else _best(before, current)
+        cost = None
+        for _ in range(MOST_ROUNDS):
+            if current.owner is None or self.deadline.passed:
+                break
+            fresh = self.assignment_cost(current.owner, current.exchange)
+            damping = self.formulation.damping
+            cost = fresh if cost is None else damping * cost + (1 - damping) * fresh
+            owner = self.assign(cost)
+            if (owner == current.owner).all():
+                break
+            self.rounds += 1
+            current = self._pruned(stage, owner, None if before is None else current)
+            last = rank(best)  # not the solution, whose weights would take as much memory as the layer's
+            best = _best(best, current)
+            if damping == 0 and not rank(best) < _clearly_below(*last):
+                break
+        return best
+
+    def _pruned(self, stage: PruneStage, owner: NDArray[np.int64], before: LayerSolution | None) -> LayerSolution:
+        candidate = stage(owner, None if before is None else before.exchange)
+        return verify(self.problem, self.formulation, candidate, self.options)
+
+
+def _best(first: LayerSolution, second: LayerSolution) -> LayerSolution:
+    """The better of two, the first where they are equal or the second has no answer."""
+    return first if second.owner is None else min(first, second, key=rank)
 
 
 class _Chain:
     """Runs the stages of one solve; each starts from the best so far."""
 
-    def __init__(self, problem: LayerProblem, formulation: Formulation, options: SolveOptions, pruner: Pruner) -> None:
+    def __init__(
+        self, problem: LayerProblem, formulation: Formulation, options: SolveOptions, pruner: PrunerChain
+    ) -> None:
         self.problem, self.formulation, self.options, self.pruner = problem, formulation, options, pruner
         self.deadline = Deadline(options.time_limit)
         self.best: LayerSolution | None = None
         self.bound: float | None = None
         self.surrogate_bound: float | None = None
         self.log: list[dict[str, Any]] = []
-        self.pruned: dict[bytes, Candidate] = {}
+        self.prune = Pruning(problem, formulation, pruner, self._options)
         self.out_of_time = False
 
     def run(self, stages: list[tuple[Partitioner, float]], start: NDArray[np.int64] | None) -> LayerSolution:
         if start is not None:
-            self._keep("start", self._guarded("start", lambda: self._prune(start)), time.perf_counter())
+            self._keep("start", self._guarded("start", lambda: self.prune(start)), time.perf_counter())
         last = None
         for stage, share in stages:
             if self.best is not None and self._proved():
@@ -241,9 +281,9 @@ class _Chain:
         if reason is not None:
             return Candidate(Termination.UNSUPPORTED, message=f"{stage.name}: {reason}")
         start = None if self.best is None else self.best.owner
-        candidate = stage.solve(self.problem, self.formulation, self._options(share), start, self._prune)
+        candidate = stage.solve(self.problem, self.formulation, self._options(share), start, self.prune)
         if candidate.owner is not None and candidate.exchange is None:
-            pruned = self._prune(candidate.owner)
+            pruned = self.prune(candidate.owner)
             termination = candidate.termination
             if pruned.termination is not Termination.HEURISTIC and termination is Termination.HEURISTIC:
                 termination = pruned.termination
@@ -310,13 +350,6 @@ class _Chain:
     def _options(self, share: float = 1.0) -> SolveOptions:
         left = self.deadline.remaining
         return replace(self.options, time_limit=None if left is None else max(share * left, 1e-3))
-
-    def _prune(self, owner: NDArray[np.int64]) -> Candidate:
-        owner = np.array(owner)  # a copy: a local search changes its array in place
-        key = owner.tobytes()  # a stage prunes its start again, which is often the costliest step
-        if key not in self.pruned:
-            self.pruned[key] = self.pruner.solve(self.problem, self.formulation, self._options(), owner)
-        return self.pruned[key]
 
 
 def _clearly_below(invalid: bool, objective: float) -> tuple[bool, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -84,8 +84,19 @@ class Candidate:
     stats: Mapping[str, Any] = field(default_factory=dict)
 
 
-Prune = Callable[[NDArray[np.int64]], Candidate]
-"""The chosen pruner, applied to owners (m,)."""
+PruneStage = Callable[[NDArray[np.int64], Exchange | None], Candidate]
+"""One pruner, applied to owners (m,) and the exchange before."""
+
+
+class Prune(Protocol):
+    """The chosen pruner, applied to owners (m,)."""
+
+    @property
+    def stages(self) -> Sequence[PruneStage]:
+        """The pruners of a chain, one by one, for partitioners that place anew in between."""
+        ...
+
+    def __call__(self, owner: NDArray[np.int64]) -> Candidate: ...
 
 
 class Partitioner(Protocol):

@@ -29,7 +29,8 @@ def test_exact_assignments_are_solved_as_such() -> None:
 
 def test_volume_is_placed_by_what_the_refit_leaves() -> None:
     assert auto_partitioner(FULL, Volume(budget=0.1)) == "compensated"
-    assert auto_pruner(FULL, Volume(budget=0.1)) == "group-omp"
+    assert auto_pruner(FULL, Volume(budget=0.1)) == "group-omp+swaps+tabu"
+    assert auto_pruner(FULL, Volume(budget=0.1, communication="busiest")) == "group-omp"
     assert auto_pruner(random_problem(), Volume(budget=0.1)) == "threshold"
     assert auto_pruner(FULL, EDGE) == auto_pruner(FULL, Lossless()) == "threshold"
 

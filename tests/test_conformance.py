@@ -107,9 +107,33 @@ def test_what_a_partitioner_serves_and_proves(name: str, label: str):
         assert solution.termination is Termination.HEURISTIC
 
 
+VOLUMES = {label for label in FORMULATIONS if label.startswith("volume")}
+TOTAL_VOLUMES = {label for label in VOLUMES if "busiest" not in label}
+PRUNER_SERVES = {
+    "threshold": set(FORMULATIONS),
+    "group-omp": VOLUMES,
+    "group-lasso": TOTAL_VOLUMES,
+    "group-lasso:clarabel": TOTAL_VOLUMES,
+    "group-lasso:scs": TOTAL_VOLUMES,
+    "group-lasso-fast": TOTAL_VOLUMES,
+    "group-obs": TOTAL_VOLUMES,
+    "group-l0": TOTAL_VOLUMES,
+    "swaps": TOTAL_VOLUMES,
+    "tabu": TOTAL_VOLUMES,
+}
+
+
 @pytest.mark.parametrize("label", FORMULATIONS)
-def test_what_a_pruner_serves(label: str):
+@pytest.mark.parametrize("name", PRUNER_SERVES)
+def test_what_a_pruner_serves(name: str, label: str):
     problem, formulation = testing.TINY_CASES["correlated"](), FORMULATIONS[label]
-    assert solve_problem(problem, formulation, pruner="threshold").violations == ()
-    solution = solve_problem(problem, formulation, pruner="group-omp")
-    assert (solution.termination is Termination.UNSUPPORTED) == (not label.startswith("volume"))
+    solution = solve_problem(problem, formulation, partitioner="contiguous", pruner=name)
+    if label not in PRUNER_SERVES[name]:
+        assert solution.termination is Termination.UNSUPPORTED
+        return
+    assert solution.violations == ()
+    assert solution.termination is Termination.HEURISTIC
+    if name == "group-l0":
+        least = testing.least_objective_given(problem, formulation, solution.owner)
+        assert solution.objective == pytest.approx(least, rel=1e-9)
+        assert solution.stats["bound_given_owners"] == pytest.approx(least, rel=1e-9)

@@ -179,7 +179,7 @@ def recorded(
         seen: list[NDArray[np.int64]] = []  # noqa: RUF012
 
         def solve(
-            self, problem: LayerProblem, formulation: Formulation, options: SolveOptions, owner: Any
+            self, problem: LayerProblem, formulation: Formulation, options: SolveOptions, owner: Any, start: Any = None
         ) -> Candidate:
             self.seen.append(np.array(owner))
             return super().solve(problem, formulation, options, owner)
@@ -210,6 +210,23 @@ def test_the_damped_alternation_keeps_the_best_of_its_rounds(seed: int):
     answer, rounds = recorded(problem, Lossless(), random_owner(problem), "alternate")
     assert len(rounds) > 3
     assert answer.objective == min(solution.objective for solution in rounds)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("limit", [{"budget": 0.2}, {"transfer_price": 0.05}, {"max_nmse": 0.1}], ids=str)
+def test_no_pruner_of_a_chain_and_no_placement_raises_the_objective(seed: int, limit: dict[str, float]):
+    """Placement and selection together: every candidate that the alternation goes on from is at most the one before."""
+    problem = random_layer(seed, m=16, n=12, P=4, noise=0.2).problem
+    formulation, chain = Volume(**limit), "group-omp+swaps+tabu"
+    objectives = [
+        solve_problem(problem, formulation, partitioner="compensated", pruner=pruner).objective
+        for pruner in ("group-omp", "group-omp+swaps", chain)
+    ]
+    assert all(after <= before * (1 + 1e-9) for before, after in pairwise(objectives)), objectives
+    alone = solve_problem(problem, formulation, partitioner="munkres", pruner=chain)
+    assert alone.owner is not None
+    together = solve_problem(problem, formulation, partitioner="compensated", pruner=chain, start=alone.owner)
+    assert together.objective <= alone.objective * (1 + 1e-9)
 
 
 def test_alternation_improves_on_its_start():

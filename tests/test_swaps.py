@@ -1,4 +1,4 @@
-"""swaps and chains of pruners: every figure of the tableau, every move and every end against errors after refit."""
+"""swaps, tabu and chains of pruners: every figure of the tableau and every end against errors after refit."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from repurpose_opt.solver import Candidate
 from repurpose_opt_solvers.reduced import WorkerProblem, worker_problems
 from repurpose_opt_solvers.swaps_ import Swaps
 from repurpose_opt_solvers.tableau import Tableau
+from repurpose_opt_solvers.tabu_ import Tabu
 
 LAYERS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -132,14 +133,17 @@ def neighbours(problem: LayerProblem, transfers: np.ndarray) -> Iterator[np.ndar
         yield changed
 
 
+@pytest.mark.parametrize("pruner", [Swaps(), Tabu()], ids=["swaps", "tabu"])
 @each_layer
 @each_limit
-def test_no_single_change_is_better_than_the_answer(limit: dict[str, float], arguments: dict[str, Any]):
+def test_no_single_change_is_better_than_the_answer(
+    limit: dict[str, float], arguments: dict[str, Any], pruner: Swaps | Tabu
+):
     problem = random_layer(seed=3, **{"value_bytes": [4, 6, 4, 12, 4], **arguments}).problem
     owner, formulation = random_owner(problem), Volume(**limit)
     nothing = Exchange.nothing(problem.n, problem.P)
     start = nothing if "max_nmse" not in limit else None
-    answer = Swaps().solve(problem, formulation, SolveOptions(), owner, start)
+    answer = pruner.solve(problem, formulation, SolveOptions(), owner, start)
     assert answer.exchange is not None
     transfers = answer.exchange.transfers
     found = objective_of(problem, formulation, owner, transfers)
@@ -200,11 +204,12 @@ def test_never_worse_than_the_start_and_never_better_than_the_least(
 ):
     problem = random_layer(seed=seed, **arguments).problem
     owner, formulation = random_owner(problem), Volume(**limit)
-    greedy, swapped = (load_pruner(name).solve(problem, formulation, SolveOptions(), owner) for name in
-                       ("group-omp", "group-omp+swaps"))  # fmt: skip
-    before, after = (objective_of(problem, formulation, owner, c.exchange.transfers) for c in (greedy, swapped))
+    chains = ("group-omp", "group-omp+swaps", "group-omp+swaps+tabu", "group-l0")
+    answers = [load_pruner(name).solve(problem, formulation, SolveOptions(), owner) for name in chains]
+    before, after, last, least = (objective_of(problem, formulation, owner, c.exchange.transfers) for c in answers)
     assert after <= before + 1e-9 * abs(before)
-    assert after >= testing.least_objective_given(problem, formulation, owner) * (1 - 1e-9) - 1e-9
+    assert last <= after + 1e-9 * abs(after)
+    assert last >= least * (1 - 1e-9) - 1e-9
 
 
 def test_a_start_above_the_budget_is_cut_to_it():

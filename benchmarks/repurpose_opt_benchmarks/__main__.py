@@ -14,6 +14,7 @@ from importlib import import_module
 # Each module has main(argv) -> exit code, and takes --quick.
 EXPERIMENTS = {
     "large": "repurpose_opt_benchmarks.large",
+    "lasso": "repurpose_opt_benchmarks.lasso",
     "layer": "repurpose_opt_benchmarks.layer",
     "limits": "repurpose_opt_benchmarks.limits",
     "placement": "repurpose_opt_benchmarks.placement",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -39,7 +40,7 @@ class Alternate:
     ) -> Candidate:
         # Edge sees the diagonal only, Lossless the weight itself, which on_diagonal replaces by its target.
         seen = on_diagonal(problem) if isinstance(formulation, Volume) else problem
-        return alternate_on(seen, problem, formulation, options, start, prune)
+        return alternate_on(seen, problem, formulation, options, start, prune, [seen])
 
 
 def alternate_on(
@@ -49,8 +50,12 @@ def alternate_on(
     options: SolveOptions,
     start: NDArray[np.int64] | None,
     prune: Prune,
+    start_seen: Sequence[LayerProblem],
 ) -> Candidate:
-    """The alternation with the assignment costs of the problem `seen`; pruned and verified on the true one."""
+    """The alternation with the assignment costs of the problem `seen`; pruned and verified on the true one.
+
+    Without a start, from the owners of least cost before anything is sent, as each problem of `start_seen` has it.
+    """
 
     def cost(owner: NDArray[np.int64] | None, exchange: Exchange | None) -> NDArray[np.float64]:
         return formulation.assignment_cost(seen, owner, exchange)
@@ -71,7 +76,14 @@ def alternate_on(
         return placed
 
     try:
-        found = alternate(problem, formulation, options, start, prune, cost, assign_costs)
+        if start is None and formulation.assignment_is_exact:  # the cost does not depend on the owners
+            return prune(assign_costs(cost(None, None)))
+        starts = (
+            [start]
+            if start is not None
+            else [assign_costs(formulation.assignment_cost(other, None, None)) for other in start_seen]
+        )
+        found = alternate(problem, formulation, options, starts, prune, cost, assign_costs)
     except Infeasible as reason:
         return reason.candidate()
     if not gave_up:

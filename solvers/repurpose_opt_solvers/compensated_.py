@@ -8,11 +8,11 @@ from numpy.typing import NDArray
 from repurpose_opt.formulation import Formulation
 from repurpose_opt.problem import LayerProblem
 from repurpose_opt.solver import Candidate, Prune, SolveOptions
-from repurpose_opt_solvers.alternate_ import alternate_on
+from repurpose_opt_solvers.alternate_ import alternate_on, on_diagonal
 
 
 class Compensated:
-    """Assign ↔ select on the error that is left after refit, with the full C. Any loads; Volume only."""
+    """Assign ↔ select on the error that is left after refit, full C, two starts. Any loads; Volume only."""
 
     name = "compensated"
     requires: tuple[str, ...] = ()
@@ -28,4 +28,5 @@ class Compensated:
         start: NDArray[np.int64] | None,
         prune: Prune,
     ) -> Candidate:
-        return alternate_on(problem, problem, formulation, options, start, prune)
+        starts = [problem] if problem.moments.is_diagonal else [problem, on_diagonal(problem)]
+        return alternate_on(problem, problem, formulation, options, start, prune, starts)

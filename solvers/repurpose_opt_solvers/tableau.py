@@ -26,6 +26,17 @@ class Tableau:
     the best of all exchanges O(c s (r + 1)), always exact.
     """
 
+    columns: NDArray[np.int64]
+    """(s,) those of `values`, in the order in which they came."""
+    inverse: NDArray[np.float64]
+    """K_SS⁻¹ (s, s)"""
+    regression: NDArray[np.float64]
+    """B (s, c)"""
+    weight: NDArray[np.float64]
+    """V (r, s)"""
+    residual: NDArray[np.float64]
+    """(r, c)"""
+
     def __init__(self, worker: WorkerProblem, values: Sequence[int] | NDArray[np.int64]) -> None:
         self.problem = worker
         self.values = [int(q) for q in values]
@@ -35,7 +46,8 @@ class Tableau:
         """Receive a value."""
         self.values.append(value)
         if self._is_stale():
-            return self._restart()
+            self._restart()
+            return
         new = self.problem.columns_of(np.array([value]))
         rows = self.problem.rows(new)
         schur = rows - rows[:, self.columns] @ self.regression
@@ -56,7 +68,8 @@ class Tableau:
         gone = self._places(value)
         self.values.remove(value)
         if self._is_stale():
-            return self._restart()
+            self._restart()
+            return
         left = np.setdiff1d(np.arange(len(self.columns)), gone)
         moment = np.linalg.inv(self.inverse[np.ix_(gone, gone)])
         regression, weight = self.regression[gone], self.weight[:, gone]
@@ -136,7 +149,7 @@ class Tableau:
     def _removal(self, value: int) -> tuple[float, NDArray[np.float64], NDArray[np.int64]]:
         """The rise of the error, the moment of what only this value tells, and its places in `columns`."""
         gone = self._places(value)
-        moment = np.linalg.inv(self.inverse[np.ix_(gone, gone)])
+        moment: NDArray[np.float64] = np.linalg.inv(self.inverse[np.ix_(gone, gone)]).astype(np.float64, copy=False)
         weight = self.weight[:, gone]
         return float(np.einsum("rb,bd,rd->", weight, moment, weight)), moment, gone
 
