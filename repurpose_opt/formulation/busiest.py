@@ -57,6 +57,14 @@ class Allowance:
         self._by_worker = communication == "busiest"
         self._left = [allowed] * (2 * problem.P if self._by_worker else 1)
 
+    def fits(self, worker: int) -> NDArray[np.bool_]:
+        """(n,) which values may still be sent to a worker."""
+        left = np.array(self._left)
+        size = self._problem.transfer_bytes[:, worker]
+        if not self._by_worker:
+            return size <= left[0]
+        return (size <= left[self._problem.input_owner]) & (size <= left[self._problem.P + worker])
+
     def take(self, value: int, worker: int) -> bool:
         """Whether a transfer still fits; if so, it is accounted for."""
         size = self._problem.transfer_bytes[value, worker]

@@ -70,8 +70,8 @@ def _pursue(
         if allowance is None or allowance.take(value, k):
             yield value, k, -negative_rate
             workers[k].add(value)
-        else:
-            workers[k].drop(value)
+        else:  # one by one, all that no longer fits would take longer than what was chosen
+            workers[k].candidate &= allowance.fits(k)
         value, rate = workers[k].best()
         heapq.heappush(heap, (-rate, k, value))
     if deadline.passed:  # no time to choose one by one: the rest, by the gains as they stand
@@ -127,10 +127,6 @@ class _WorkerPursuit:
         for size in self.sizes:
             size.downdate(step)
         self._remember(step)
-        self.candidate[value] = False
-
-    def drop(self, value: int) -> None:
-        """Offer a value no more."""
         self.candidate[value] = False
 
     def _rates(self) -> NDArray[np.float64]:
