@@ -27,8 +27,8 @@ def backend_cases(kind: str, names: list[str]) -> list[Any]:
 
 
 def is_slow(backend: str, check: str) -> bool:
-    """Integer programs of dense layers that are pruned take seconds each."""
-    return backend.startswith("mip") and "-volume-" in check
+    """Integer programs of dense layers that are pruned take seconds each; CVXPY is checked with its default solver."""
+    return (backend.startswith("mip") and "-volume-" in check) or backend.startswith("group-lasso:")
 
 
 FORMULATION_CASES = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +18,6 @@ from repurpose_opt.testing import (
     TINY_CASES,
     correlated_samples,
     least_objective_given,
-    pruner_checks,
     standard_formulations,
 )
 from repurpose_opt_solvers import group_l0_
@@ -231,10 +229,3 @@ def test_blocks_with_values_between_other_workers():
     problem = random_layer(8, noise=0.3, **{**BLOCKS, "column_value": [3, 0, 2, 1, 3, 1, 0, 4]}).problem
     for formulation in SERVED.values():
         assert_least(problem, formulation, random_owner(problem, 1))
-
-
-@pytest.mark.parametrize(("name", "check"), list(pruner_checks(GroupL0())))
-def test_conformance(name: str, check: Callable[[], str | None]):
-    reason = check()
-    if reason is not None:
-        pytest.skip(reason)

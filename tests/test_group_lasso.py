@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from repurpose_opt import Edge, LayerProblem, Lossless, Moments, SolveOptions, Termination, Volume, metrics
 from repurpose_opt.repair import corrected_bias, refit
 from repurpose_opt.solution import verify
-from repurpose_opt.testing import pruner_checks
 from repurpose_opt_benchmarks import lasso as experiment
 from repurpose_opt_solvers import lasso_path
 from repurpose_opt_solvers.group_lasso_ import ConvexSolver, GroupLasso, GroupLassoClarabel, GroupLassoScs, is_nonzero
@@ -413,20 +412,6 @@ def test_they_serve_the_total_volume_only():
         assert "Volume" in str(backend.supports(problem, Edge()))
         assert "Volume" in str(backend.supports(problem, Lossless()))
         assert "total" in str(backend.supports(problem, Volume(budget=0.1, communication="busiest")))
-
-
-CHECKS = [
-    pytest.param(check, id=f"{backend.name}-{name}")
-    for backend in (GroupLassoFast(), GroupLasso())
-    for name, check in pruner_checks(backend)
-]
-
-
-@pytest.mark.parametrize("check", CHECKS)
-def test_conformance(check: Callable[[], str | None]):
-    reason = check()
-    if reason is not None:
-        pytest.skip(reason)
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +12,6 @@ from conftest import BLOCKS, random_layer, random_owner
 from repurpose_opt import Edge, LayerProblem, Lossless, Moments, SolveOptions, Termination, Volume, metrics
 from repurpose_opt.repair import corrected_bias, refit
 from repurpose_opt.solver import Candidate, Deadline
-from repurpose_opt.testing import pruner_checks
 from repurpose_opt_solvers.group_obs_ import GroupOBS, removals
 from repurpose_opt_solvers.reduced import worker_problems
 
@@ -284,10 +282,3 @@ def test_serves_volume_of_total_bytes_only():
     for other in (Edge(), Lossless()):
         assert "Volume" in str(supports(problem, other))
     assert "busiest" in str(supports(problem, Volume(budget=0.1, communication="busiest")))
-
-
-@pytest.mark.parametrize(("name", "check"), list(pruner_checks(GroupOBS())))
-def test_conformance(name: str, check: Callable[[], str | None]):
-    reason = check()
-    if reason is not None:
-        pytest.skip(reason)

@@ -58,13 +58,14 @@ class Way:
 
 
 COMPARED_WITH = "munkres + threshold, refit"
-LAST = "compensated + group-omp, refit"
+LAST = "compensated + group-omp+swaps+tabu, refit"
 WAYS = (
     Way("contiguous + threshold", "contiguous", "threshold", is_refitted=False),
     Way("munkres + threshold", "munkres", "threshold", is_refitted=False),
     Way(COMPARED_WITH, "munkres", "threshold"),
     Way("munkres + group-omp, refit", "munkres", "group-omp"),
-    Way(LAST, "compensated", "group-omp"),
+    Way("compensated + group-omp, refit", "compensated", "group-omp"),
+    Way(LAST, "compensated", "group-omp+swaps+tabu"),
 )
 
 

@@ -70,7 +70,7 @@ class Tableau:
         if self._is_stale():
             self._restart()
             return
-        left = np.setdiff1d(np.arange(len(self.columns)), gone)
+        left = np.delete(np.arange(len(self.columns)), gone)
         moment = np.linalg.inv(self.inverse[np.ix_(gone, gone)])
         regression, weight = self.regression[gone], self.weight[:, gone]
         onto = self.inverse[np.ix_(left, gone)] @ moment

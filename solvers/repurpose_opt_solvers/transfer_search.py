@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import permutations
 
 import numpy as np
 from numpy.typing import NDArray
@@ -255,8 +254,8 @@ class TransferSearch:
             swap = offers.best_swap(self.left, free[a])
             if swap is not None:
                 yield _Move(swap[0], (a, swap[1]), (a, swap[2]))
-        for a, b in permutations(range(len(self.offers)), 2):
-            yield from self._moves_between(a, removals[a], b, additions[b])
+        if len(self.offers) > 1:
+            yield from self._moves_between_workers(removals, additions)
 
     def _single_moves(self, removals: list[_Choices], additions: list[_Choices]) -> Iterator[_Move]:
         for a, choices in enumerate(removals):
@@ -266,11 +265,21 @@ class TransferSearch:
             for place in np.flatnonzero(choices.size <= self.left):
                 yield _Move(float(choices.fall[place]), None, (a, int(choices.value[place])))
 
-    def _moves_between(self, a: int, given_up: _Choices, b: int, received: _Choices) -> Iterator[_Move]:
-        """The best that worker b receives instead of what worker a gives up."""
+    def _moves_between_workers(self, removals: list[_Choices], additions: list[_Choices]) -> Iterator[_Move]:
+        """The best that one worker receives instead of what another gives up."""
+        given_up, from_worker = _joined(removals)
+        received, to_worker = _joined(additions)
         fits = received.size - given_up.size[:, None] <= self.left
+        fits &= from_worker[:, None] != to_worker
         if fits.any():
             falls = np.where(fits, received.fall + given_up.fall[:, None], -np.inf)
-            from_a, to_b = np.unravel_index(np.argmax(falls), falls.shape)
-            removed, added = (a, int(given_up.value[from_a])), (b, int(received.value[to_b]))
-            yield _Move(float(falls[from_a, to_b]), removed, added)
+            gone, new = np.unravel_index(np.argmax(falls), falls.shape)
+            removed = int(from_worker[gone]), int(given_up.value[gone])
+            added = int(to_worker[new]), int(received.value[new])
+            yield _Move(float(falls[gone, new]), removed, added)
+
+
+def _joined(choices: list[_Choices]) -> tuple[_Choices, NDArray[np.int64]]:
+    """The choices of all workers one after the other, and whose each is."""
+    whole = _Choices(*(np.concatenate([getattr(c, name) for c in choices]) for name in ("size", "fall", "value")))
+    return whole, np.repeat(np.arange(len(choices)), [len(c.size) for c in choices])
