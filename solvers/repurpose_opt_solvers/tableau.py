@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_solve, cholesky
+from scipy.linalg.blas import dger
 
 from repurpose_opt_solvers.reduced import SizeClass, WorkerProblem
 
@@ -57,9 +58,10 @@ class Tableau:
         weight = self.residual[:, new] @ pivot
         corner = onto @ pivot
         self.inverse = np.block([[self.inverse + corner @ onto.T, -corner], [-corner.T, pivot]])
-        self.regression = np.concatenate([self.regression - onto @ regression, regression])
         self.weight = np.concatenate([self.weight - weight @ onto.T, weight], axis=1)
-        self.residual -= weight @ schur
+        _subtract_product(self.residual, weight, schur)
+        _subtract_product(self.regression, onto, regression)
+        self.regression = np.concatenate([self.regression, regression])
         self._change_blocks(schur, -regression)
         self.columns = np.concatenate([self.columns, new])
 
@@ -73,12 +75,14 @@ class Tableau:
         left = np.delete(np.arange(len(self.columns)), gone)
         moment = np.linalg.inv(self.inverse[np.ix_(gone, gone)])
         regression, weight = self.regression[gone], self.weight[:, gone]
-        onto = self.inverse[np.ix_(left, gone)] @ moment
-        self.residual += weight @ (moment @ regression)
-        self._change_blocks(moment @ regression, regression)
-        self.inverse = self.inverse[np.ix_(left, left)] - onto @ self.inverse[np.ix_(gone, left)]
-        self.regression = self.regression[left] - onto @ regression
-        self.weight = self.weight[:, left] - weight @ onto.T
+        lifted = moment @ regression
+        onto = self.inverse[:, gone] @ moment
+        self._change_blocks(lifted, regression)
+        self.inverse = (self.inverse - onto @ self.inverse[gone])[np.ix_(left, left)]
+        self.weight = (self.weight - weight @ onto.T)[:, left]
+        _subtract_product(self.residual, -weight, lifted)
+        _subtract_product(self.regression, onto, regression)
+        self.regression = self.regression[left]
         self.columns = self.columns[left]
 
     @property
@@ -112,17 +116,18 @@ class Tableau:
         return falls
 
     def _swap_falls_of_columns(self) -> NDArray[np.float64]:
-        moment = 1 / np.diagonal(self.inverse)[:, None]
-        square = np.einsum("rs,rs->s", self.weight, self.weight)[:, None]
-        lifted = moment * self.regression
-        variance = lifted * self.regression
-        gram = variance * (moment * square)
-        gram += 2 * lifted * (self.weight.T @ self.residual)
+        moment = 1 / np.diagonal(self.inverse)
+        cost = moment * np.einsum("rs,rs->s", self.weight, self.weight)
+        variance = np.square(self.regression) * moment[:, None]
+        gram = (self.weight * (2 * moment)).T @ self.residual
+        gram *= self.regression
+        gram += variance * cost[:, None]
         gram += np.einsum("rc,rc->c", self.residual, self.residual)
         variance += self._blocks[0][:, 0, 0]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            falls = np.where(variance > 0, gram / variance, 0.0) - moment * square
-        return np.asarray(falls)
+        variance[:, self.values] = 1.0  # nothing is left of them
+        gram /= variance
+        gram -= cost[:, None]
+        return gram
 
     def _swap_falls_of_blocks(self) -> NDArray[np.float64]:
         falls = np.empty((len(self.values), len(self.problem.value)))
@@ -168,9 +173,9 @@ class Tableau:
         rows = problem.rows(self.columns)
         factor = (cholesky(rows[:, self.columns], lower=True), True)
         self.inverse = cho_solve(factor, np.eye(len(self.columns)))
-        self.regression = cho_solve(factor, rows)
+        self.regression = np.ascontiguousarray(cho_solve(factor, rows))
         self.weight = cho_solve(factor, problem.residual[:, self.columns].T).T
-        self.residual = problem.residual - self.weight @ rows
+        self.residual = np.ascontiguousarray(problem.residual - self.weight @ rows)
         self._blocks = [_own_blocks(problem, part) for part in problem.size_classes]
         self._change_blocks(rows, -self.regression)
 
@@ -178,6 +183,13 @@ class Tableau:
         """Diagonal blocks of M + leftᵀ right; left and right are (·, c)."""
         for block, part in zip(self._blocks, self.problem.size_classes, strict=True):
             block += np.einsum("svb,svd->vbd", left[:, part.columns], right[:, part.columns])
+
+
+def _subtract_product(target: NDArray[np.float64], left: NDArray[np.float64], right: NDArray[np.float64]) -> None:
+    """target −= left @ right in place, in one pass where NumPy makes three: for few columns of `left`, C-contiguous."""
+    if target.size:
+        for b in range(left.shape[1]):
+            dger(-1.0, right[b], left[:, b], a=target.T, overwrite_a=True)
 
 
 def _own_blocks(problem: WorkerProblem, part: SizeClass) -> NDArray[np.float64]:
