@@ -13,12 +13,15 @@ from importlib import import_module
 
 # Each module has main(argv) -> exit code, and takes --quick.
 EXPERIMENTS = {
+    "gaps": "repurpose_opt_benchmarks.gaps",
     "large": "repurpose_opt_benchmarks.large",
+    "large-layer": "repurpose_opt_benchmarks.large_layer",
     "lasso": "repurpose_opt_benchmarks.lasso",
     "layer": "repurpose_opt_benchmarks.layer",
     "limits": "repurpose_opt_benchmarks.limits",
     "placement": "repurpose_opt_benchmarks.placement",
     "proofs": "repurpose_opt_benchmarks.proofs",
+    "pruning": "repurpose_opt_benchmarks.pruning",
     "radix": "repurpose_opt_benchmarks.radix",
     "strips": "repurpose_opt_benchmarks.strips",
     "transport": "repurpose_opt_benchmarks.transport",

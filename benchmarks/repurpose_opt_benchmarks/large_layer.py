@@ -58,10 +58,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--most-inputs", type=int, default=SIZES[-1], metavar="N", help="leave out larger layers")
     parser.add_argument("--output", type=Path, help="folder for large-layer.json and large-layer.md")
     args = parser.parse_args(argv)
+    if args.most_inputs < SIZES[1]:
+        parser.error(f"--most-inputs {args.most_inputs}: at least {SIZES[1]}, growth needs two sizes")
     sizes = QUICK_SIZES if args.quick else [n for n in SIZES if n <= args.most_inputs]
     rows = [measure_alone(mode, n) for n in sizes for mode in MODES]
     report = {
-        "command": "python -m repurpose_opt_benchmarks large-layer",
+        "command": "python -m repurpose_opt_benchmarks large-layer"
+        + (f" --most-inputs {args.most_inputs}" if args.most_inputs < SIZES[-1] else ""),
         "environment": environment(),
         "bars": list(_bars(rows)),
         "exponents": {mode: _exponents([row for row in rows if row["mode"] == mode]) for mode in MODES},

