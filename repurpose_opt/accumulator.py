@@ -81,6 +81,8 @@ class MomentAccumulator:
         Multivariate Analysis 2004: δ = (E‖c‖⁴ − ‖C‖²) / (samples · ‖C − μI‖²) for centred samples c. E‖c‖⁴ follows
         from E‖y‖⁴ and E[‖y‖² y] about any other point. `second` is C, full.
         """
+        if self.samples == 2:  # ± one vector, whose direction says nothing about correlations
+            return 1.0
         off = self._received.total / self.samples
         squared_norm = float(off @ off)
         trace = float(np.trace(second))

@@ -150,7 +150,7 @@ class Moments:
         columns = len(second)
         mean = np.zeros(columns) if input_mean is None else _finite("input_mean", input_mean, (columns,))
         centred = second - outer(mean, mean, second.ndim)
-        _check_semidefinite("second_moment or input_mean", centred)
+        _check_semidefinite("second_moment or input_mean", centred, mean)
         if cross_moment is None:
             for name, given in (("target_moment", target_moment), ("target_mean", target_mean)):
                 if given is not None:
@@ -163,7 +163,7 @@ class Moments:
         target = _finite("target_moment", target_moment, second.shape)
         _check_symmetric_nonnegative("target_moment", target)
         target = target - outer(original, original, second.ndim)
-        _check_semidefinite("target_moment or target_mean", target)
+        _check_semidefinite("target_moment or target_mean", target, original)
         return with_default_ridge(centred, cross, target, mean, original)
 
 
@@ -186,9 +186,13 @@ def with_default_ridge(
     target_mean: NDArray[np.float64],
 ) -> Moments:
     """Moments with λ = RELATIVE_RIDGE · mean variance (tiny but positive where all inputs are constant)."""
+    return Moments(second, cross, target, mean, target_mean, _default_ridge(second, mean))
+
+
+def _default_ridge(second: NDArray[np.float64], mean: NDArray[np.float64]) -> float:
     variance = second if second.ndim == 1 else np.diagonal(second)
-    ridge = max(RELATIVE_RIDGE * float(variance.mean()), 1e-12)
-    return Moments(second, cross, target, mean, target_mean, ridge)
+    rounding = 1e-13 * float(np.square(mean).mean())  # what centring leaves of constant inputs
+    return max(RELATIVE_RIDGE * float(variance.mean()), rounding) or 1e-12
 
 
 def _finite(name: str, value: ArrayLike, shape: tuple[int, ...] | None = None) -> NDArray[np.float64]:
@@ -235,10 +239,10 @@ def _check_symmetric_nonnegative(name: str, matrix: NDArray[np.float64]) -> None
         raise InvalidArgument(name, "an unsymmetric matrix", "a symmetric one")
 
 
-def _check_semidefinite(name: str, centred: NDArray[np.float64]) -> None:
+def _check_semidefinite(name: str, centred: NDArray[np.float64], mean: NDArray[np.float64]) -> None:
     """Up to rounding: with the ridge it must have a Cholesky factor."""
     variance = centred if centred.ndim == 1 else np.diagonal(centred)
-    slack = max(RELATIVE_RIDGE * float(variance.mean()), 1e-12)
+    slack = _default_ridge(centred, mean)
     try:
         wrong = variance.min() < -slack
         if not wrong and centred.ndim == 2:

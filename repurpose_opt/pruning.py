@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from repurpose_opt import registry
+from repurpose_opt.errors import InvalidArgument, RepurposeError
 from repurpose_opt.exchange import Exchange
 from repurpose_opt.formulation import Formulation
 from repurpose_opt.problem import LayerProblem
@@ -18,7 +19,9 @@ from repurpose_opt.solver import Candidate, Deadline, Pruner, PruneStage, SolveO
 
 
 def load_pruner(chain: str) -> PrunerChain:
-    """The pruners of a name, or of several joined by +. Raises UnknownSolver, SolverNotInstalled."""
+    """The pruners of a name, or of several joined by +. Raises InvalidArgument, UnknownSolver, SolverNotInstalled."""
+    if not all(chain.split("+")):
+        raise InvalidArgument("pruner", repr(chain), "names joined by +")
     return PrunerChain(tuple(registry.load("pruners", name)() for name in chain.split("+")))
 
 
@@ -40,24 +43,56 @@ class PrunerChain:
     def solve(
         self, problem: LayerProblem, formulation: Formulation, options: SolveOptions, owner: NDArray[np.int64]
     ) -> Candidate:
-        """The best exchange of all pruners. `time_limit` where the limit passed; the last answer where none has one."""
+        """The best exchange of all pruners, with the best bound.
+
+        `time_limit` where the limit passed. A pruner after the first that fails is recorded in stats.
+        """
         deadline = Deadline(options.time_limit)
-        best: LayerSolution | None = None
-        asked: dict[str, Candidate] = {}
+        found = _Found()
         for pruner in self.pruners:
+            if found.best is not None and deadline.passed:
+                break
             left = deadline.remaining
             within = replace(options, time_limit=None if left is None else max(left, 1e-3))
-            candidate = pruner.solve(problem, formulation, within, owner, None if best is None else best.exchange)
-            asked[pruner.name] = candidate
-            solution = verify(problem, formulation, candidate, options)
-            if solution.owner is not None and (best is None or rank(solution) < rank(best)):
-                best = solution
-        stats = {"pruners": {name: dict(candidate.stats) for name, candidate in asked.items()}}
-        if best is None:
-            return replace(candidate, stats=stats)
-        out_of_time = any(candidate.termination is Termination.TIME_LIMIT for candidate in asked.values())
-        termination = Termination.TIME_LIMIT if out_of_time else best.termination
-        return Candidate(termination, owner, best.exchange, best.bound, message=best.message, stats=stats)
+            start = None if found.best is None else found.best.exchange
+            try:
+                candidate = pruner.solve(problem, formulation, within, owner, start)
+            except Exception as error:
+                if found.best is None or isinstance(error, RepurposeError):
+                    raise
+                failed = f"{type(error).__name__}: {error}"
+                candidate = Candidate(Termination.ERROR, message=failed, stats={"failed": failed})
+            found.add(pruner.name, candidate, verify(problem, formulation, candidate, options))
+        return found.candidate(owner, options, deadline)
+
+
+@dataclass
+class _Found:
+    """What the pruners of a chain answered."""
+
+    best: LayerSolution | None = None
+    bound: float | None = None
+    asked: list[tuple[str, Candidate]] = field(default_factory=list)
+
+    def add(self, name: str, candidate: Candidate, solution: LayerSolution) -> None:
+        self.asked.append((name, candidate))
+        if solution.owner is not None and (self.best is None or rank(solution) < rank(self.best)):
+            self.best = solution
+        if solution.bound is not None:
+            self.bound = solution.bound if self.bound is None else max(self.bound, solution.bound)
+
+    def candidate(self, owner: NDArray[np.int64], options: SolveOptions, deadline: Deadline) -> Candidate:
+        last = self.asked[-1][1]
+        stats = {"pruners": [{"pruner": name, **candidate.stats} for name, candidate in self.asked]}
+        if self.best is None:
+            return replace(last, stats=stats)
+        termination = Termination.HEURISTIC
+        slack = options.relative_gap * max(abs(self.best.objective), 1e-12)
+        if self.bound is not None and self.best.objective <= self.bound + slack:
+            termination = Termination.OPTIMAL
+        elif deadline.passed or any(c.termination is Termination.TIME_LIMIT for _, c in self.asked):
+            termination = Termination.TIME_LIMIT
+        return Candidate(termination, owner, self.best.exchange, self.bound, message=self.best.message, stats=stats)
 
 
 class Pruning:

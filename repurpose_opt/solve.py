@@ -6,6 +6,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -186,13 +187,18 @@ def alternate(
     """
     loop = _Alternation(problem, formulation, options, assignment_cost, assign)
     first, *others = prune.stages
-    found = [loop.run(first, owner, None) for owner in starts]
+    found = [loop.run(first, starts[0], None)]
+    for owner in starts[1:]:
+        if found[0].owner is None or not loop.deadline.passed:
+            found.append(loop.run(first, owner, None))
     best = min((solution for solution in found if solution.owner is not None), key=rank, default=found[0])
     for stage in others:
         if best.owner is not None and not loop.deadline.passed:
             best = loop.run(stage, best.owner, best)
     termination = Termination.TIME_LIMIT if loop.deadline.passed else Termination.HEURISTIC
-    return Candidate(termination, best.owner, best.exchange, message=best.message, stats={"rounds": loop.rounds})
+    return Candidate(
+        termination, best.owner, best.exchange, message=best.message, stats={**best.stats, "rounds": loop.rounds}
+    )
 
 
 @dataclass
@@ -253,7 +259,8 @@ class _Chain:
         self.bound: float | None = None
         self.surrogate_bound: float | None = None
         self.log: list[dict[str, Any]] = []
-        self.prune = Pruning(problem, formulation, pruner, self._options)
+        # Not a method of this object: the cycle would keep every solved layer in memory.
+        self.prune = Pruning(problem, formulation, pruner, partial(_time_left, options, self.deadline))
         self.out_of_time = False
 
     def run(self, stages: list[tuple[Partitioner, float]], start: NDArray[np.int64] | None) -> LayerSolution:
@@ -281,7 +288,9 @@ class _Chain:
         if reason is not None:
             return Candidate(Termination.UNSUPPORTED, message=f"{stage.name}: {reason}")
         start = None if self.best is None else self.best.owner
-        candidate = stage.solve(self.problem, self.formulation, self._options(share), start, self.prune)
+        candidate = stage.solve(
+            self.problem, self.formulation, _time_left(self.options, self.deadline, share), start, self.prune
+        )
         if candidate.owner is not None and candidate.exchange is None:
             pruned = self.prune(candidate.owner)
             termination = candidate.termination
@@ -347,9 +356,11 @@ class _Chain:
         assert self.best is not None
         return self.options.relative_gap * max(abs(self.best.objective), 1e-12)
 
-    def _options(self, share: float = 1.0) -> SolveOptions:
-        left = self.deadline.remaining
-        return replace(self.options, time_limit=None if left is None else max(share * left, 1e-3))
+
+def _time_left(options: SolveOptions, deadline: Deadline, share: float = 1.0) -> SolveOptions:
+    """The options with a share of the time that is left as the limit."""
+    left = deadline.remaining
+    return replace(options, time_limit=None if left is None else max(share * left, 1e-3))
 
 
 def _clearly_below(invalid: bool, objective: float) -> tuple[bool, float]:

@@ -551,6 +551,18 @@ def test_a_partition_is_judged_as_it_stands(run: Run, weight: np.ndarray) -> Non
 
 
 @pytest.mark.usefixtures("weight")
+def test_an_exact_choice_for_a_partition_proves_nothing_for_the_layer(run: Run) -> None:
+    Path("answer.part").write_text("0\n1\n2\n" * 4)
+    np.save("x.npy", np.random.default_rng(0).normal(size=(50, 10)))
+    command = ("solve", "layer.npy", "--workers", 3, "--inputs", "x.npy", "--budget", 0.3, "--pruner", "group-l0")
+    code, out, err = run(*command, "--read-partition", "answer.part", "--json")
+    assert (code, err) == (0, "")
+    figures = json.loads(out)
+    assert (figures["termination"], figures["bound"], figures["gap"]) == ("heuristic", None, None)
+    assert (figures["moments"], figures["samples"]) == ("full", 50)
+
+
+@pytest.mark.usefixtures("weight")
 def test_a_partition_is_improved_on_demand(run: Run) -> None:
     Path("answer.part").write_text("0\n1\n2\n" * 4)
     command = ("solve", "layer.npy", "--workers", 3, "--transfer-price", 0.2, "--read-partition", "answer.part")

@@ -382,3 +382,19 @@ def test_the_constructor_needs_no_more_than_the_moments_themselves():
     moments = Moments(second, second, second, np.zeros(4), np.zeros(4), 0.1)
     assert (moments.samples, moments.shrinkage) == (None, 0.0)
     assert LayerProblem.create(np.ones((3, 4)), 2, moments=moments).moments is moments
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e-4, 1.0, 1e8])
+def test_the_ridge_follows_the_scale_of_the_inputs(scale: float):
+    received = np.random.default_rng(3).normal(1.0, 1.0, size=(60, 4))
+    ridge = Moments.from_samples(received, shrinkage=0.0).ridge
+    assert Moments.from_samples(scale * received, shrinkage=0.0).ridge == pytest.approx(scale**2 * ridge, rel=1e-6)
+    raw = scale**2 * (received.T @ received / 60)
+    mean = scale * received.mean(axis=0)
+    assert Moments.from_raw(raw, input_mean=mean).ridge == pytest.approx(scale**2 * ridge, rel=1e-6)
+
+
+def test_two_samples_say_nothing_of_correlations():
+    moments = Moments.from_samples(np.random.default_rng(4).normal(size=(2, 6)))
+    assert moments.shrinkage == 1.0
+    np.testing.assert_allclose(moments.second, np.diag(np.diagonal(moments.second)), atol=1e-12)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -227,6 +229,28 @@ def test_no_pruner_of_a_chain_and_no_placement_raises_the_objective(seed: int, l
     assert alone.owner is not None
     together = solve_problem(problem, formulation, partitioner="compensated", pruner=chain, start=alone.owner)
     assert together.objective <= alone.objective * (1 + 1e-9)
+
+
+def test_what_a_pruner_says_of_itself_is_in_the_stats():
+    """Placed once, or in alternation with the pruner."""
+    problem = random_layer(5, m=16, n=12, P=4).problem
+    for partitioner in ("munkres", "compensated", "alternate"):
+        answer = solve_problem(problem, Volume(budget=0.2), partitioner=partitioner, pruner="group-lasso-fast")
+        assert answer.stats["lambda"] > 0, partitioner
+
+
+def test_a_solved_layer_leaves_memory_with_its_last_reference():
+    """Without a collection of cycles: its weights and moments may be large."""
+    problem = random_layer(5, m=16, n=12, P=4).problem
+    seen = weakref.ref(problem)
+    gc.collect()
+    gc.disable()
+    try:
+        solve_problem(problem, Volume(budget=0.2))
+        del problem
+        assert seen() is None
+    finally:
+        gc.enable()
 
 
 def test_alternation_improves_on_its_start():

@@ -22,7 +22,7 @@ from repurpose_opt.errors import InvalidArgument, NoSolution
 from repurpose_opt.formats import nearest_placement, read_partition
 from repurpose_opt.formulation import Formulation
 from repurpose_opt.problem import LayerProblem, Weight
-from repurpose_opt.pruning import load_pruner
+from repurpose_opt.pruning import Pruning, load_pruner
 from repurpose_opt.solution import LayerSolution, verify
 from repurpose_opt.solve import solve_problem
 from repurpose_opt.solver import SolveOptions
@@ -138,7 +138,9 @@ def _judged(
     if reason is not None:
         raise NoSolution(f"the layer has no solution: unsupported (pruner {name}: {reason})")
     began = time.perf_counter()
-    solution = verify(problem, formulation, chosen.solve(problem, formulation, options, owner), options).require()
+    solution = verify(
+        problem, formulation, Pruning(problem, formulation, chosen, lambda: options)(owner), options
+    ).require()
     stage = {
         "stage": _FROM_FILE,
         "termination": str(solution.termination),
@@ -146,7 +148,9 @@ def _judged(
         "seconds": time.perf_counter() - began,
         "objective": solution.objective,
     }
-    return solution.restated(stats={**solution.stats, "stages": [stage], "pruner": chosen.name})
+    return solution.restated(
+        stats={**solution.stats, "stages": [stage], "pruner": chosen.name, **problem.moments.choice}
+    )
 
 
 def _figures(solution: LayerSolution, seed: int, elapsed: float) -> dict[str, Any]:
@@ -163,6 +167,7 @@ def _figures(solution: LayerSolution, seed: int, elapsed: float) -> dict[str, An
         "workers": problem.P,
         "formulation": described,
         "pruner": solution.stats["pruner"],
+        **problem.moments.choice,
         "seed": seed,
         "version": __version__,
         "termination": str(solution.termination),
@@ -225,6 +230,7 @@ def _table(figures: Mapping[str, Any]) -> str:
     rows = [
         ("layer", f"{figures['neurons']} neurons, {figures['values']} values, {figures['workers']} workers"),
         ("formulation", f"{figures['formulation']['name']} {settings}".strip()),
+        ("moments", _moments(figures)),
         ("termination", " ".join(filter(None, (figures["termination"], figures["message"])))),
         ("objective", _number(figures["objective"])),
         ("bound", _number(figures["bound"])),
@@ -237,7 +243,7 @@ def _table(figures: Mapping[str, Any]) -> str:
         ("seconds", f"{figures['seconds']:.3g}"),
     ]
     if figures["surrogate_bound"] is not None:
-        rows.insert(5, ("surrogate bound", _number(figures["surrogate_bound"])))
+        rows.insert(6, ("surrogate bound", _number(figures["surrogate_bound"])))
     for stage in figures["stages"]:
         outcome = " ".join(filter(None, (stage["termination"], stage["message"])))
         rows.append((f"  {stage['stage']}", f"{stage['seconds']:.3g} ({outcome})"))
@@ -247,6 +253,16 @@ def _table(figures: Mapping[str, Any]) -> str:
         )
     rows.append(("solution", figures["output"]))
     return aligned(rows)
+
+
+def _moments(figures: Mapping[str, Any]) -> str:
+    """What the errors were taken from."""
+    parts = [figures["moments"]]
+    if figures["samples"] is not None:
+        parts.append(f"{figures['samples']:,} samples")
+    if figures["shrinkage"]:
+        parts.append(f"shrinkage {figures['shrinkage']:.3g}")
+    return ", ".join(parts)
 
 
 def _number(value: float | None) -> str:

@@ -17,7 +17,9 @@ from repurpose_opt_solvers.reduced import worker_problems
 from repurpose_opt_solvers.tableau import Tableau
 
 _LEAST_FALL = 1e-9
-"""Relative to the error without transfers; below it a fall may be rounding."""
+"""Relative to the error without transfers; below it a fall is not worth a move."""
+_ROUNDING = 1e-12
+"""Relative to the outputs' energy and to a price; below it a fall may be none."""
 _PATIENCE = 100
 """Moves of the tabu search without a new best before it ends."""
 _MOVES_AWAY, _MOVES_HERE = 20, 10
@@ -45,7 +47,12 @@ def search(
     if problem.moments.is_diagonal:
         return Candidate(Termination.HEURISTIC, owner, start)
     deadline = Deadline(options.time_limit)
-    found = TransferSearch(problem, formulation, owner, start)
+    tableaux = []
+    for worker in worker_problems(problem, formulation, owner):
+        if deadline.passed:
+            return Candidate(Termination.TIME_LIMIT, owner, start)
+        tableaux.append(Tableau(worker, np.flatnonzero(start.transfers[worker.value, worker.worker])))
+    found = TransferSearch(problem, formulation, owner, tableaux)
     found.fit()
     found.descend(deadline)
     if explores:
@@ -139,18 +146,23 @@ class _Offers:
 class TransferSearch:
     """Transfers of all workers under one limit or price, changed by the move with the largest fall of the objective."""
 
-    def __init__(self, problem: LayerProblem, formulation: Volume, owner: NDArray[np.int64], start: Exchange) -> None:
-        self.problem, self.formulation, self.owner = problem, formulation, owner
-        workers = worker_problems(problem, formulation, owner)
-        self.tableaux = [Tableau(w, np.flatnonzero(start.transfers[w.value, w.worker])) for w in workers]
+    def __init__(
+        self, problem: LayerProblem, formulation: Volume, owner: NDArray[np.int64], tableaux: list[Tableau]
+    ) -> None:
+        self.problem, self.formulation, self.owner, self.tableaux = problem, formulation, owner, tableaux
         self.price = formulation.transfer_price or 0.0
         limit = formulation.limit(problem)
         self.left = np.inf if limit is None else limit - self._used()
         if formulation.max_nmse is not None:
             self.left = 0.0
-        self.least = _LEAST_FALL * sum(worker.energy for worker in workers)
-        self.offers = [_Offers(tableau, self.price) for tableau in self.tableaux]
-        self.held_until = [np.zeros(len(worker.value), dtype=np.int64) for worker in workers]
+        judged = formulation.judged(problem)
+        energy = sum(tableau.problem.energy for tableau in tableaux)
+        largest = max((float(tableau.problem.size.max()) for tableau in tableaux), default=0.0)
+        rounding = _ROUNDING * (float(judged.output_weight @ judged.output_energy) + self.price * largest)
+        self.least = max(_LEAST_FALL * energy, rounding)
+        """A fall that is no larger counts as none."""
+        self.offers = [_Offers(tableau, self.price) for tableau in tableaux]
+        self.held_until = [np.zeros(len(tableau.problem.value), dtype=np.int64) for tableau in tableaux]
         self.moves = 0
 
     def fit(self) -> None:
@@ -203,7 +215,23 @@ class TransferSearch:
             self._make(self._cheapest_removal())
             self.left = 0.0
             self.descend(deadline)
-        return best
+        return self._without_spare(best, deadline)
+
+    def _without_spare(self, exchange: Exchange, deadline: Deadline) -> Exchange:
+        """The exchange without transfers that max_nmse can be met without, the dearest first."""
+        price = self.formulation.paid(self.problem)
+        while not deadline.passed and self._is_valid(exchange):
+            made = np.argwhere(exchange.transfers & (price > 0))
+            for j, k in made[np.argsort(-price[made[:, 0], made[:, 1]], kind="stable")]:
+                transfers = exchange.transfers.copy()
+                transfers[j, k] = False
+                fewer = Exchange.of_transfers(transfers, self.problem.input_owner)
+                if self._is_valid(fewer):
+                    exchange = fewer
+                    break
+            else:
+                break
+        return exchange
 
     def exchange(self) -> Exchange:
         transfers = np.zeros((self.problem.n, self.problem.P), dtype=bool)
