@@ -13,7 +13,11 @@ from repurpose_opt.errors import InvalidArgument
 MOST_FULL_BYTES = 4 << 30
 """Three square float64 matrices, C, D and C₀, may take this much: 13,377 columns. Above, only diagonals are kept."""
 _BLOCK_ENTRIES = 1 << 22
-"""Samples are converted to float64 in blocks of about this many entries, 32 MB."""
+"""Samples are converted to float64, and multiplied, in blocks of about this many entries, 32 MB.
+
+Adding the product of each small batch to a large matrix would take far longer than the products: 7 times as long for
+batches of 32 samples of 4096 columns.
+"""
 
 
 class MomentAccumulator:
@@ -33,6 +37,8 @@ class MomentAccumulator:
         self._received, self._original = _Shifted(), _Shifted()
         self._second = self._cross = self._target = self._squares_times_inputs = np.zeros(0)
         self._fourth = 0.0
+        self._waiting: list[tuple[NDArray[np.float64], ...]] = []
+        """Shifted samples of x̂, or of x̂ and x, whose products are not in the sums yet."""
 
     def add(self, inputs: ArrayLike, target_inputs: ArrayLike | None = None) -> None:
         """Add samples (samples, columns) of x̂, and the same samples of x where they differ.
@@ -64,14 +70,17 @@ class MomentAccumulator:
 
     def second(self) -> NDArray[np.float64]:
         """C, centred: (columns, columns), or its diagonal."""
+        self._multiply()
         return self._centred(self._second, self._received, self._received)
 
     def cross(self) -> NDArray[np.float64]:
         """D, in the shape of C; only with `target_inputs`."""
+        self._multiply()
         return self._centred(self._cross, self._original, self._received)
 
     def target(self) -> NDArray[np.float64]:
         """C₀, in the shape of C; only with `target_inputs`."""
+        self._multiply()
         return self._centred(self._target, self._original, self._original)
 
     def ledoit_wolf(self, second: NDArray[np.float64]) -> float:
@@ -111,13 +120,22 @@ class MomentAccumulator:
     def _add(self, received: NDArray[Any], original: NDArray[Any] | None) -> None:
         y = self._received.add(received)
         self.samples += len(y)
-        self._second += self._product(y, y)
+        self._waiting.append((y,) if original is None else (y, self._original.add(original)))
         if not self.diagonal:
             squares = np.einsum("sc,sc->s", y, y)
             self._squares_times_inputs += squares @ y
             self._fourth += float(squares @ squares)
-        if original is not None:
-            z = self._original.add(original)
+        if self.diagonal or sum(waiting[0].size for waiting in self._waiting) >= _BLOCK_ENTRIES:
+            self._multiply()
+
+    def _multiply(self) -> None:
+        """Adds the products of the samples that wait."""
+        if not self._waiting:
+            return
+        y, *originals = (np.concatenate(parts) for parts in zip(*self._waiting, strict=True))
+        self._waiting.clear()
+        self._second += self._product(y, y)
+        for z in originals:
             self._cross += self._product(z, y)
             self._target += self._product(z, z)
 

@@ -168,7 +168,7 @@ def _squared_error(
     if moments.is_diagonal:
         return _diagonal_squared_error(problem, weight, ridge)
     second = moments.regularised if ridge == moments.ridge else moments.second
-    cross = problem.predicted_moment - (moments.ridge - ridge) * dense(problem.weight)
+    excess = moments.ridge - ridge
     row_owner = owner[problem.row_neuron]
     error = _energy(problem, ridge).copy()
     for k in range(problem.P):
@@ -176,7 +176,11 @@ def _squared_error(
         block = dense(weight[rows]).astype(np.float64)
         columns = np.flatnonzero(block.any(axis=0))
         block = block[:, columns]
-        product = block @ second[np.ix_(columns, columns)] - 2 * cross[np.ix_(rows, columns)]
+        cross = problem.predicted_moment[np.ix_(rows, columns)]
+        if excess:
+            cross -= excess * dense(problem.weight[rows])[:, columns]
+        product = block @ second[np.ix_(columns, columns)]
+        product -= 2 * cross
         error[rows] += np.einsum("rc,rc->r", product, block)
     return error
 

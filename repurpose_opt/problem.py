@@ -151,10 +151,13 @@ class LayerProblem:
     @cached_property
     def output_energy(self) -> NDArray[np.float64]:
         """Diagonal of W (C₀+λI) Wᵀ, (rows,)."""
-        target = with_ridge(self.moments.target, self.moments.ridge)
-        if target.ndim == 1:
-            return weighted_squares(self, self.weight, target)
-        product = np.asarray(_times(self.weight, target))
+        moments = self.moments
+        if moments.is_diagonal:
+            return weighted_squares(self, self.weight, with_ridge(moments.target, moments.ridge))
+        if moments.target is moments.cross:
+            product = self.predicted_moment
+        else:
+            product = np.asarray(_times(self.weight, with_ridge(moments.target, moments.ridge)))
         return np.einsum("rc,rc->r", product, dense(self.weight))
 
     @staticmethod
