@@ -93,11 +93,14 @@ class Volume(Formulation):
 
     def select(self, problem: LayerProblem, owner: NDArray[np.int64]) -> Exchange:
         """Transfers by the energy of their weights on the diagonal of C, greatest gain a byte first."""
+        return self.take(problem, owner, self.ranking(problem, owner))
+
+    def ranking(self, problem: LayerProblem, owner: NDArray[np.int64]) -> Iterator[tuple[int, int, float]]:
+        """(value, worker, energy per byte or priced byte) of the transfers that have any, greatest first."""
         rate = self._rate(problem, owner)
         order = np.argsort(-rate, axis=None, kind="stable")[: np.count_nonzero(rate)]
         value, worker = np.unravel_index(order, rate.shape)
-        ranked = zip(value, worker, rate.ravel()[order], strict=True)
-        return self.take(problem, owner, ranked)
+        return zip(value, worker, rate.ravel()[order], strict=True)
 
     def paid(self, problem: LayerProblem) -> NDArray[np.float64]:
         """(n, P) what a transfer counts against the limit: bytes, or priced bytes."""

@@ -6,9 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repurpose_opt.exchange import Exchange
-from repurpose_opt.formulation import Formulation
+from repurpose_opt.formulation import Formulation, Volume
 from repurpose_opt.problem import LayerProblem
-from repurpose_opt.solver import Candidate, SolveOptions, Termination
+from repurpose_opt.solver import Candidate, Deadline, SolveOptions, Termination
 
 
 class Threshold:
@@ -28,4 +28,8 @@ class Threshold:
         owner: NDArray[np.int64],
         start: Exchange | None = None,
     ) -> Candidate:
-        return Candidate(Termination.HEURISTIC, owner, formulation.select(problem, owner))
+        if not isinstance(formulation, Volume):
+            return Candidate(Termination.HEURISTIC, owner, formulation.select(problem, owner))
+        deadline = Deadline(options.time_limit)
+        exchange = formulation.take(problem, owner, formulation.ranking(problem, owner), lambda: deadline.passed)
+        return Candidate(Termination.TIME_LIMIT if deadline.passed else Termination.HEURISTIC, owner, exchange)
