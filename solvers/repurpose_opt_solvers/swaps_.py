@@ -9,7 +9,7 @@ from repurpose_opt.exchange import Exchange
 from repurpose_opt.formulation import Formulation, Volume
 from repurpose_opt.problem import LayerProblem
 from repurpose_opt.solver import Candidate, SolveOptions
-from repurpose_opt_solvers.transfer_search import search, why_unsupported
+from repurpose_opt_solvers.transfer_search import search
 
 
 class Swaps:
@@ -20,7 +20,9 @@ class Swaps:
     explores = False
 
     def supports(self, problem: LayerProblem, formulation: Formulation) -> str | None:
-        return why_unsupported(problem, formulation)
+        if not isinstance(formulation, Volume) or formulation.communication == "busiest":
+            return "exchanges of transfers by the error after refit: Volume with total communication only"
+        return None
 
     def solve(
         self,

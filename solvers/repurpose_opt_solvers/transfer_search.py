@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repurpose_opt.exchange import Exchange
-from repurpose_opt.formulation import Formulation, Volume
+from repurpose_opt.formulation import Volume
 from repurpose_opt.problem import LayerProblem
 from repurpose_opt.solver import Candidate, Deadline, SolveOptions, Termination
 from repurpose_opt_solvers.reduced import worker_problems
@@ -24,13 +24,6 @@ _PATIENCE = 100
 """Moves of the tabu search without a new best before it ends."""
 _MOVES_AWAY, _MOVES_HERE = 20, 10
 """For how many moves what was given up is not received again, and what was received is not given up."""
-
-
-def why_unsupported(problem: LayerProblem, formulation: Formulation) -> str | None:
-    """Why transfers cannot be searched for this problem, or None."""
-    if not isinstance(formulation, Volume) or formulation.communication == "busiest":
-        return "exchanges of transfers by the error after refit: Volume with total communication only"
-    return None
 
 
 def search(
