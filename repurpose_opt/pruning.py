@@ -113,6 +113,10 @@ class Pruning:
     def __call__(self, owner: NDArray[np.int64]) -> Candidate:
         return self._remembered(self.chain if len(self.chain.pruners) > 1 else self.chain.pruners[0], owner)
 
+    def by_first(self, owner: NDArray[np.int64]) -> Candidate:
+        """By the first pruner of the chain only."""
+        return self._remembered(self.chain.pruners[0], owner)
+
     def _stage(self, pruner: Pruner, owner: NDArray[np.int64], start: Exchange | None) -> Candidate:
         if start is None:
             return self._remembered(pruner, owner)

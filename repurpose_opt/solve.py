@@ -265,7 +265,9 @@ class _Chain:
 
     def run(self, stages: list[tuple[Partitioner, float]], start: NDArray[np.int64] | None) -> LayerSolution:
         if start is not None:
-            self._keep("start", self._guarded("start", lambda: self.prune(start)), time.perf_counter())
+            # A partitioner that goes on from it with every pruner spares the others here.
+            prune = self.prune.by_first if getattr(stages[0][0], "keeps_start", False) else self.prune
+            self._keep("start", self._guarded("start", lambda: prune(start)), time.perf_counter())
         last = None
         for stage, share in stages:
             if self.best is not None and self._proved():

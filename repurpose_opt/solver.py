@@ -100,7 +100,10 @@ class Prune(Protocol):
 
 
 class Partitioner(Protocol):
-    """Chooses owners. `requires` names the importable packages that it needs; import them inside `solve`."""
+    """Chooses owners. `requires` names the importable packages that it needs; import them inside `solve`.
+
+    One that has `keeps_start = True` applies every stage of `prune` to its start, so its answer is never worse.
+    """
 
     name: str
     requires: tuple[str, ...]

@@ -26,6 +26,7 @@ class Alternate:
 
     name = "alternate"
     requires: tuple[str, ...] = ()
+    keeps_start = True
 
     def supports(self, problem: LayerProblem, formulation: Formulation) -> str | None:
         return None

@@ -16,6 +16,7 @@ class Compensated:
 
     name = "compensated"
     requires: tuple[str, ...] = ()
+    keeps_start = True
 
     def supports(self, problem: LayerProblem, formulation: Formulation) -> str | None:
         return None if formulation.name == "volume" else "there is no refit to compensate by outside Volume"
