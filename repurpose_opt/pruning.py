@@ -15,7 +15,7 @@ from repurpose_opt.exchange import Exchange
 from repurpose_opt.formulation import Formulation
 from repurpose_opt.problem import LayerProblem
 from repurpose_opt.solution import LayerSolution, rank, verify
-from repurpose_opt.solver import Candidate, Deadline, Pruner, PruneStage, SolveOptions, Termination
+from repurpose_opt.solver import Candidate, Deadline, Pruner, PruneStage, SolveOptions, Termination, time_left
 
 
 def load_pruner(chain: str) -> PrunerChain:
@@ -52,8 +52,7 @@ class PrunerChain:
         for pruner in self.pruners:
             if found.best is not None and deadline.passed:
                 break
-            left = deadline.remaining
-            within = replace(options, time_limit=None if left is None else max(left, 1e-3))
+            within = time_left(options, deadline)
             start = None if found.best is None else found.best.exchange
             try:
                 candidate = pruner.solve(problem, formulation, within, owner, start)

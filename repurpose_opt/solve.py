@@ -30,6 +30,7 @@ from repurpose_opt.solver import (
     PruneStage,
     SolveOptions,
     Termination,
+    time_left,
 )
 
 AssignmentCost = Callable[[NDArray[np.int64] | None, Exchange | None], NDArray[np.float64]]
@@ -260,7 +261,7 @@ class _Chain:
         self.surrogate_bound: float | None = None
         self.log: list[dict[str, Any]] = []
         # Not a method of this object: the cycle would keep every solved layer in memory.
-        self.prune = Pruning(problem, formulation, pruner, partial(_time_left, options, self.deadline))
+        self.prune = Pruning(problem, formulation, pruner, partial(time_left, options, self.deadline))
         self.out_of_time = False
 
     def run(self, stages: list[tuple[Partitioner, float]], start: NDArray[np.int64] | None) -> LayerSolution:
@@ -291,7 +292,7 @@ class _Chain:
             return Candidate(Termination.UNSUPPORTED, message=f"{stage.name}: {reason}")
         start = None if self.best is None else self.best.owner
         candidate = stage.solve(
-            self.problem, self.formulation, _time_left(self.options, self.deadline, share), start, self.prune
+            self.problem, self.formulation, time_left(self.options, self.deadline, share), start, self.prune
         )
         if candidate.owner is not None and candidate.exchange is None:
             pruned = self.prune(candidate.owner)
@@ -357,12 +358,6 @@ class _Chain:
     def _slack(self) -> float:
         assert self.best is not None
         return self.options.relative_gap * max(abs(self.best.objective), 1e-12)
-
-
-def _time_left(options: SolveOptions, deadline: Deadline, share: float = 1.0) -> SolveOptions:
-    """The options with a share of the time that is left as the limit."""
-    left = deadline.remaining
-    return replace(options, time_limit=None if left is None else max(share * left, 1e-3))
 
 
 def _clearly_below(invalid: bool, objective: float) -> tuple[bool, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -64,6 +64,12 @@ class Deadline:
     @property
     def passed(self) -> bool:
         return self.remaining == 0.0
+
+
+def time_left(options: SolveOptions, deadline: Deadline, share: float = 1.0) -> SolveOptions:
+    """The options with a share of the time that is left as the limit."""
+    left = deadline.remaining
+    return replace(options, time_limit=None if left is None else max(share * left, 1e-3))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from repurpose_opt.exchange import Exchange
 from repurpose_opt.formulation import Formulation, Volume
 from repurpose_opt.problem import LayerProblem
 from repurpose_opt.solver import Candidate, Deadline, SolveOptions, Termination
-from repurpose_opt_solvers.reduced import local_inputs
+from repurpose_opt_solvers.reduced import local_inputs, size_classes
 
 _PROMISING = 64
 
@@ -96,7 +96,8 @@ class _WorkerPursuit:
         self.residual = given - explained.T @ self.local_half
         self.steps = np.empty((64, problem.columns))
         self.taken = 0
-        self.sizes = [_Blocks(values, columns, self) for values, columns in _columns_by_size(problem)]
+        parts = size_classes(problem.column_value, problem.n)
+        self.sizes = [_Blocks(part.values, part.columns, self) for part in parts]
         self.columns_of = {int(v): c for size in self.sizes for v, c in zip(size.values, size.columns, strict=True)}
         self.local_schur: dict[int, NDArray[np.float64]] = {}
 
@@ -178,13 +179,3 @@ class _Blocks:
         parts = residual[:, self.columns[candidate]].transpose(1, 2, 0)
         gain[candidate] = np.einsum("vbr,vbr->v", parts, np.linalg.solve(self.moment[candidate], parts))
         return gain
-
-
-def _columns_by_size(problem: LayerProblem) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """For each number b of columns that a value has: those values, and their columns (values, b)."""
-    order = np.argsort(problem.column_value, kind="stable")
-    count = np.bincount(problem.column_value, minlength=problem.n)
-    first = np.cumsum(count) - count
-    for b in np.unique(count):
-        values = np.flatnonzero(count == b)
-        yield values, order[first[values][:, None] + np.arange(b)]

@@ -25,9 +25,9 @@ class SizeClass:
     """The values that have the same number b of columns."""
 
     values: NDArray[np.int64]
-    """(v,) positions in `WorkerProblem.value`."""
+    """(v,)"""
     columns: NDArray[np.int64]
-    """(v, b) positions in `WorkerProblem.column`."""
+    """(v, b)"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +83,7 @@ class WorkerProblem:
     @cached_property
     def size_classes(self) -> tuple[SizeClass, ...]:
         """The values by their number of columns."""
-        return tuple(_size_classes(self.column_value, len(self.value)))
+        return tuple(size_classes(self.column_value, len(self.value)))
 
     def gain(self, values: NDArray[np.int64]) -> float:
         """By how much receiving these values lowers the error. O(|S|³)."""
@@ -156,9 +156,11 @@ def _worker_problem(
     )
 
 
-def _size_classes(column_value: NDArray[np.int64], count: int) -> Iterator[SizeClass]:
+def size_classes(column_value: NDArray[np.int64], count: int) -> Iterator[SizeClass]:
+    """The values 0 … count − 1 by their number of columns, for the value (columns,) of each column in any order."""
+    order = np.argsort(column_value, kind="stable")
     columns = np.bincount(column_value, minlength=count)
     first = np.cumsum(columns) - columns
     for b in np.unique(columns):
         values = np.flatnonzero(columns == b)
-        yield SizeClass(values, first[values][:, None] + np.arange(b))
+        yield SizeClass(values, order[first[values][:, None] + np.arange(b)])
