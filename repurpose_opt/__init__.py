@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from repurpose_opt.accumulator import MomentAccumulator
 from repurpose_opt.errors import RepurposeError
-from repurpose_opt.exchange import Exchange, Message
+from repurpose_opt.exchange import Code, Exchange, Message, Values
 from repurpose_opt.formulation import Edge, Formulation, Lossless, Volume
 from repurpose_opt.moments import Moments
 from repurpose_opt.network_solve import NetworkSolution, solve_network
@@ -25,6 +25,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Candidate",
+    "Code",
     "Edge",
     "Exchange",
     "FineTuning",
@@ -42,6 +43,7 @@ __all__ = [
     "RepurposeError",
     "SolveOptions",
     "Termination",
+    "Values",
     "Volume",
     "repurpose",
     "solve_layer",

@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse
 
-from repurpose_opt import Edge, Exchange, Formulation, LayerProblem, Lossless, Message, Moments, Volume, metrics
+from repurpose_opt import Edge, Exchange, Formulation, LayerProblem, Lossless, Moments, Values, Volume, metrics
 from repurpose_opt import problem as problem_module
 from repurpose_opt.testing import random_problem
 
@@ -253,12 +253,12 @@ def test_weights_that_read_what_their_worker_lacks_are_counted(is_sparse: bool):
 
 
 WRONG_MESSAGES = {
-    "not held by the sender": Exchange(3, 3, {(0, 1): Message(np.array([2]))}),
-    "to itself": Exchange(3, 3, {(0, 0): Message(np.array([0]))}),
-    "sent twice": Exchange(3, 3, {(0, 1): Message(np.array([0, 0]))}),
-    "no such value": Exchange(3, 3, {(0, 1): Message(np.array([3]))}),
-    "no such value from the end": Exchange(3, 3, {(2, 1): Message(np.array([-1]))}),
-    "no such worker": Exchange(3, 3, {(0, 3): Message(np.array([0]))}),
+    "not held by the sender": Exchange(3, 3, {(0, 1): Values(np.array([2]))}),
+    "to itself": Exchange(3, 3, {(0, 0): Values(np.array([0]))}),
+    "sent twice": Exchange(3, 3, {(0, 1): Values(np.array([0, 0]))}),
+    "no such value": Exchange(3, 3, {(0, 1): Values(np.array([3]))}),
+    "no such value from the end": Exchange(3, 3, {(2, 1): Values(np.array([-1]))}),
+    "no such worker": Exchange(3, 3, {(0, 3): Values(np.array([0]))}),
     "another number of values": Exchange(4, 3, {}),
 }
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from repurpose_opt.errors import InvalidArgument, PlanError, UnsupportedModule
-from repurpose_opt.exchange import Exchange, Message
+from repurpose_opt.exchange import Exchange, Values
 from repurpose_opt.runtime import storage
 from repurpose_opt.runtime.modules import ELEMENTWISE, from_spec, named_modules, to_spec
 from repurpose_opt.runtime.plan import Plan, PlannedLayer
@@ -123,7 +123,7 @@ def test_load_gives_back_what_was_saved(dtype: torch.dtype, tmp_path: Path) -> N
 
 def test_messages_keep_their_order(tmp_path: Path) -> None:
     linear = nn.Linear(4, 2)
-    exchange = Exchange(4, 2, {(1, 0): Message(np.array([3, 1]))})
+    exchange = Exchange(4, 2, {(1, 0): Values(np.array([3, 1]))})
     layer = PlannedLayer("0", np.array([0, 1, 1, 1]), np.array([0, 0]), exchange, 4)
     with torch.no_grad():
         linear.weight[:, 2] = 0
@@ -349,7 +349,7 @@ def test_plans_that_do_not_fit_are_refused(plan: Plan) -> None:
         return (replace(first, **changes), second, third)
 
     def with_message(pair: tuple[int, int], values: Any) -> tuple[PlannedLayer, ...]:
-        return with_first(exchange=Exchange(13, 3, {pair: Message(np.array(values))}))
+        return with_first(exchange=Exchange(13, 3, {pair: Values(np.array(values))}))
 
     cases: list[tuple[dict[str, Any], str]] = [
         ({"layers": ()}, "layers: got none"),

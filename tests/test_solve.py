@@ -26,9 +26,9 @@ from repurpose_opt import (
     LayerProblem,
     LayerSolution,
     Lossless,
-    Message,
     SolveOptions,
     Termination,
+    Values,
     Volume,
     metrics,
     solve_layer,
@@ -469,10 +469,10 @@ def test_invalid_owners_without_an_exchange_are_an_error(
 
 
 WRONG_EXCHANGES = {
-    "sent by who does not hold it": Exchange(6, 2, {(1, 0): Message(np.array([0]))}),
-    "sent twice": Exchange(6, 2, {(0, 1): Message(np.array([0, 0]))}),
-    "of other values": Exchange(9, 2, {(0, 1): Message(np.array([8]))}),
-    "of other workers": Exchange(6, 4, {(0, 3): Message(np.array([1]))}),
+    "sent by who does not hold it": Exchange(6, 2, {(1, 0): Values(np.array([0]))}),
+    "sent twice": Exchange(6, 2, {(0, 1): Values(np.array([0, 0]))}),
+    "of other values": Exchange(9, 2, {(0, 1): Values(np.array([8]))}),
+    "of other workers": Exchange(6, 4, {(0, 3): Values(np.array([1]))}),
 }
 
 

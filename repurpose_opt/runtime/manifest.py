@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from repurpose_opt.errors import InvalidArgument, PlanError
-from repurpose_opt.exchange import Exchange, Message
+from repurpose_opt.exchange import Exchange, Values
 from repurpose_opt.runtime.layer import Indices, PlannedLayer, check_layers
 from repurpose_opt.runtime.modules import check_spec
 
@@ -179,7 +179,7 @@ def _layer(content: Mapping[str, Any], n_workers: int) -> PlannedLayer:
         exchange=Exchange(
             len(input_owner),
             n_workers,
-            {pair: Message(_indices(values)) for pair, values in messages.items()},
+            {pair: Values(_indices(values)) for pair, values in messages.items()},
         ),
         value_bytes=int(content["value_bytes"]),
     )
