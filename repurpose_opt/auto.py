@@ -42,10 +42,13 @@ def auto_partitioner(problem: LayerProblem, formulation: Formulation, time_limit
 def auto_pruner(problem: LayerProblem, formulation: Formulation) -> str:
     """group-omp+swaps+tabu for Volume, unless `select` is exact already; else threshold.
 
-    group-omp alone where the busiest worker counts. benchmarks/results/pruning.md compares them.
+    group-omp alone where the busiest worker counts; code-greedy+code-descent where codes may be sent.
+    benchmarks/results/pruning.md and codes.md compare them.
     """
     if formulation.name != "volume" or formulation.selection_is_exact(problem):
         return "threshold"
+    if formulation.sends_codes:
+        return "code-greedy+code-descent"
     return "group-omp" + ("+swaps+tabu" if _serves("pruners", "swaps", problem, formulation) else "")
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from repurpose_opt.exchange import Exchange
+from repurpose_opt.exchange import Code, Exchange, Values
 from repurpose_opt.problem import LayerProblem, Weight, by_row_blocks, dense, row_blocks, times, weighted_squares
 
 TOLERANCE = 1e-9
@@ -23,7 +23,10 @@ def traffic(problem: LayerProblem, exchange: Exchange) -> NDArray[np.int64]:
     """(P, P) bytes a sample from worker p (row) to worker k (column)."""
     sent = np.zeros((problem.P, problem.P), dtype=np.int64)
     for (source, target), message in exchange.messages.items():
-        sent[source, target] = problem.value_bytes[message.values].sum()
+        if isinstance(message, Code):
+            sent[source, target] = message.size * problem.number_bytes[source]
+        else:
+            sent[source, target] = problem.value_bytes[message.values].sum()
     return sent
 
 
@@ -62,11 +65,22 @@ def had_columns(problem: LayerProblem, transfers: NDArray[np.bool_]) -> NDArray[
     return (transfers | ~problem.remote)[problem.column_value]
 
 
-def worker_macs(problem: LayerProblem, owner: NDArray[np.int64], transfers: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """(P,) multiply-accumulates a sample: rows held times columns had, as a dense sub-matrix computes them."""
+def worker_macs(problem: LayerProblem, owner: NDArray[np.int64], exchange: Exchange) -> NDArray[np.int64]:
+    """(P,) multiply-accumulates a sample, as dense matrices compute them.
+
+    Rows held times columns had, received numbers included, and r · n_p at the source of a code of r numbers. For
+    unfolded columns: a position of the map.
+    """
+    width = 1 if problem.value_columns is None else problem.value_columns.shape[1]
     rows = np.bincount(owner[problem.row_neuron], minlength=problem.P)
-    columns = [len(kept_columns(problem, transfers, k)) for k in range(problem.P)]
-    return rows * np.array(columns)
+    held = np.bincount(problem.input_owner, minlength=problem.P)
+    columns = had_columns(problem, exchange.chosen_values).sum(axis=0)
+    macs = rows * columns
+    for (source, target), message in exchange.messages.items():
+        if isinstance(message, Code):
+            macs[target] += rows[target] * message.size * width
+            macs[source] += message.size * held[source]
+    return np.asarray(macs, dtype=np.int64)
 
 
 def weighted_error(problem: LayerProblem, owner: NDArray[np.int64], weight: Weight) -> float:
@@ -125,19 +139,55 @@ def exchange_violations(problem: LayerProblem, exchange: Exchange) -> tuple[str,
     for (source, target), message in exchange.messages.items():
         if not (0 <= source < problem.P and 0 <= target < problem.P and source != target):
             return (f"message from worker {source} to {target}",)
-        values = message.values
-        inside = (values >= 0) & (values < problem.n)
-        if not inside.all() or (problem.input_owner[values] != source).any():
-            return (f"worker {source} sends values that it does not hold",)
-        if len(np.unique(values)) < len(values):
-            return (f"worker {source} sends a value to worker {target} twice",)
+        if isinstance(message, Values):
+            wrong = _values_violation(problem, source, target, message)
+        else:
+            wrong = _code_violation(problem, source, target, message)
+        if wrong is not None:
+            return (wrong,)
     return ()
 
 
+def _values_violation(problem: LayerProblem, source: int, target: int, message: Values) -> str | None:
+    values = message.values
+    inside = (values >= 0) & (values < problem.n)
+    if not inside.all() or (problem.input_owner[values] != source).any():
+        return f"worker {source} sends values that it does not hold"
+    if len(np.unique(values)) < len(values):
+        return f"worker {source} sends a value to worker {target} twice"
+    return None
+
+
+def _code_violation(problem: LayerProblem, source: int, target: int, message: Code) -> str | None:
+    reason = codes_unsupported(problem)
+    if reason is not None:
+        return reason
+    name, shape = f"the code from worker {source} to {target}", message.encoder.shape
+    held = int((problem.input_owner == source).sum())
+    if len(shape) != 2 or shape[1] != held or not 0 < shape[0] <= held:
+        return f"{name} has an encoder of shape {shape}, not (1 … {held}, {held})"
+    if not np.allclose(message.encoder @ message.encoder.T, np.eye(len(message.encoder)), atol=1e-4):
+        return f"{name} has an encoder without orthonormal rows"
+    return None
+
+
+def codes_unsupported(problem: LayerProblem) -> str | None:
+    """Why values of this problem cannot be combined, or None."""
+    if problem.value_columns is None:
+        return "codes combine values of equally many columns; these differ"
+    if (problem.number_bytes < 0).any():
+        return "codes combine values of equal value_bytes; those of one worker differ"
+    return None
+
+
 def weights_outside(problem: LayerProblem, owner: NDArray[np.int64], exchange: Exchange, weight: Weight) -> int:
-    """Nonzeros of V whose value is neither held by their worker nor sent to it."""
-    missing = ~had_columns(problem, exchange.transfers)
+    """Nonzeros of V whose value is neither held by their worker nor sent to it, nor is covered by a code."""
+    missing = ~had_columns(problem, exchange.chosen_values)
     row_owner = owner[problem.row_neuron]
+    if exchange.has_codes:
+        return sum(
+            _outside_codes(problem, np.flatnonzero(row_owner == k), exchange, weight, k) for k in range(problem.P)
+        )
     if sparse.issparse(weight):
         entries = weight.tocoo()
         return int((missing[entries.col, row_owner[entries.row]] & (entries.data != 0)).sum())
@@ -145,6 +195,23 @@ def weights_outside(problem: LayerProblem, owner: NDArray[np.int64], exchange: E
     return sum(
         int(np.count_nonzero(weight[rows].astype(bool) & by_worker[row_owner[rows]])) for rows in row_blocks(problem)
     )
+
+
+def _outside_codes(
+    problem: LayerProblem, rows: NDArray[np.int64], exchange: Exchange, weight: Weight, worker: int
+) -> int:
+    """`weights_outside` of one worker, up to the rounding of V = U R in the precision of V."""
+    block = dense(weight[rows]).astype(np.float64)
+    rounding = 1e3 * np.finfo(weight.dtype).eps * np.abs(block).max(initial=0.0)
+    block[:, had_columns(problem, exchange.chosen_values)[:, worker]] = 0.0
+    assert problem.value_columns is not None
+    for source, code in exchange.codes_to(worker):
+        columns = problem.value_columns[problem.input_owner == source]
+        covered = block[:, columns]
+        decoder = np.einsum("mvb,rv->mrb", covered, code.encoder)
+        left = covered - np.einsum("mrb,rv->mvb", decoder, code.encoder)
+        block[:, columns] = np.where(np.abs(left) > rounding, left, 0.0)
+    return int(np.count_nonzero(block))
 
 
 def _most_of_a_worker(traffic: NDArray[Any]) -> Any:

@@ -35,6 +35,13 @@ class Onward(Formulation):
         object.__setattr__(self, "damping", self.formulation.damping)
 
     @property
+    def sends_codes(self) -> bool:
+        return self.formulation.sends_codes
+
+    def supports(self, problem: LayerProblem) -> str | None:
+        return self.formulation.supports(problem)
+
+    @property
     def assignment_is_exact(self) -> bool:
         return self.formulation.assignment_is_exact
 

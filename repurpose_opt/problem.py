@@ -110,6 +110,22 @@ class LayerProblem:
         return self.columns == self.n and bool((self.column_value == np.arange(self.n)).all())
 
     @cached_property
+    def value_columns(self) -> NDArray[np.int64] | None:
+        """(n, b) columns of each value, ascending; None where values have different numbers of columns."""
+        counts = np.bincount(self.column_value, minlength=self.n)
+        if (counts != counts[0]).any():
+            return None
+        return np.argsort(self.column_value, kind="stable").reshape(self.n, -1)
+
+    @cached_property
+    def number_bytes(self) -> NDArray[np.int64]:
+        """(P,) bytes of one number of a code from each worker, as of its values; −1 where those differ in size."""
+        largest, smallest = np.zeros(self.P, dtype=np.int64), np.full(self.P, np.iinfo(np.int64).max)
+        np.maximum.at(largest, self.input_owner, self.value_bytes)
+        np.minimum.at(smallest, self.input_owner, self.value_bytes)
+        return np.where(largest > smallest, -1, largest)
+
+    @cached_property
     def remote(self) -> NDArray[np.bool_]:
         """(n, P) whether value j is held by another worker than k."""
         return self.input_owner[:, None] != np.arange(self.P)

@@ -37,7 +37,7 @@ class PrunerChain:
 
     def supports(self, problem: LayerProblem, formulation: Formulation) -> str | None:
         """Why one of the pruners cannot solve the problem, or None."""
-        reasons = [(pruner.name, pruner.supports(problem, formulation)) for pruner in self.pruners]
+        reasons = [(pruner.name, _unsupported(pruner, problem, formulation)) for pruner in self.pruners]
         return next((f"{name}: {reason}" for name, reason in reasons if reason is not None), None)
 
     def solve(
@@ -63,6 +63,12 @@ class PrunerChain:
                 candidate = Candidate(Termination.ERROR, message=failed, stats={"failed": failed})
             found.add(pruner.name, candidate, verify(problem, formulation, candidate, options))
         return found.candidate(owner, options, deadline)
+
+
+def _unsupported(pruner: Pruner, problem: LayerProblem, formulation: Formulation) -> str | None:
+    if formulation.sends_codes and not getattr(pruner, "sends_codes", False):
+        return "it chooses values, not codes"
+    return pruner.supports(problem, formulation)
 
 
 @dataclass
@@ -119,24 +125,26 @@ class Pruning:
     def _stage(self, pruner: Pruner, owner: NDArray[np.int64], start: Exchange | None) -> Candidate:
         if start is None:
             return self._remembered(pruner, owner)
-        return _for_these_owners(pruner.solve(self.problem, self.formulation, self.options(), np.array(owner), start))
+        pruned = pruner.solve(self.problem, self.formulation, self.options(), np.array(owner), start)
+        return self._for_these_owners(pruned)
 
     def _remembered(self, pruner: Pruner | PrunerChain, owner: NDArray[np.int64]) -> Candidate:
         owner = np.array(owner)  # a copy: a local search changes its array in place
         key = (pruner.name, owner.tobytes())  # a partitioner prunes its start again, which is often the costliest step
         if key not in self.pruned:
             pruned = pruner.solve(self.problem, self.formulation, self.options(), owner)
-            self.pruned[key] = _for_these_owners(pruned)
+            self.pruned[key] = self._for_these_owners(pruned)
         return self.pruned[key]
 
-
-def _for_these_owners(candidate: Candidate) -> Candidate:
-    """A pruner's proof holds for its owners only, so it is no bound on the layer."""
-    proved = candidate.termination is Termination.OPTIMAL
-    return replace(
-        candidate,
-        termination=Termination.HEURISTIC if proved else candidate.termination,
-        bound=None,
-        surrogate_bound=None,
-        stats={**candidate.stats, "bound_given_owners": candidate.bound},
-    )
+    def _for_these_owners(self, candidate: Candidate) -> Candidate:
+        """A pruner's proof holds for its owners: it is no bound on the layer unless there are no others."""
+        if (self.problem.allowed.sum(axis=1) == 1).all():
+            return candidate
+        proved = candidate.termination is Termination.OPTIMAL
+        return replace(
+            candidate,
+            termination=Termination.HEURISTIC if proved else candidate.termination,
+            bound=None,
+            surrogate_bound=None,
+            stats={**candidate.stats, "bound_given_owners": candidate.bound},
+        )

@@ -147,6 +147,9 @@ def solve_problem(
         if not isinstance(name, str):
             raise InvalidArgument(argument, repr(name), "a name from `repurpose-opt solvers`")
     options = SolveOptions() if options is None else options
+    reason = formulation.supports(problem)
+    if reason is not None:
+        return LayerSolution(problem, formulation, Termination.UNSUPPORTED, message=reason)
     chain = auto_partitioner(problem, formulation, options.time_limit) if partitioner == "auto" else partitioner
     stages = [_stage(part) for part in chain.split("+")]
     chosen = auto_pruner(problem, formulation) if pruner == "auto" else pruner

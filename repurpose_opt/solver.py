@@ -131,7 +131,8 @@ class Partitioner(Protocol):
 class Pruner(Protocol):
     """Chooses the transfers, given the owners; `start` is what an earlier pruner of a chain chose.
 
-    A bound, and `optimal`, are for these owners.
+    One that has `sends_codes = True` serves formulations with codes (`Formulation.sends_codes`) as well. A bound, and
+    `optimal`, are for these owners.
     """
 
     name: str

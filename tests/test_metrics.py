@@ -215,7 +215,8 @@ def test_macs_are_rows_held_times_columns_had():
         rows = [r for r in range(problem.rows) if owner[problem.row_neuron[r]] == k]
         values = {j for j in range(problem.n) if problem.input_owner[j] == k or transfers[j, k]}
         expected.append(len(rows) * sum(int(v) in values for v in problem.column_value))
-    assert metrics.worker_macs(problem, owner, transfers).tolist() == expected
+    exchange = Exchange.of_transfers(transfers, problem.input_owner)
+    assert metrics.worker_macs(problem, owner, exchange).tolist() == expected
 
 
 def test_placement_violations_name_what_is_wrong():

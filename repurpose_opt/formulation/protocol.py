@@ -23,6 +23,15 @@ class Formulation(Protocol):
     """Share of the former assignment cost that the alternation keeps, where the cost is only marginal."""
 
     @property
+    def sends_codes(self) -> bool:
+        """Whether messages may be codes: for pruners that say so (`sends_codes = True`)."""
+        return False
+
+    def supports(self, problem: LayerProblem) -> str | None:
+        """Why the formulation has no meaning for a problem, or None."""
+        return None
+
+    @property
     def assignment_is_exact(self) -> bool:
         """Whether the least assignment cost with owner=None is the least objective; a class attribute will do."""
         return False

@@ -14,8 +14,10 @@ from repurpose_opt import metrics
 from repurpose_opt.errors import InvalidArgument
 from repurpose_opt.exchange import Exchange
 from repurpose_opt.formulation.busiest import Allowance, Ranking, check_communication, direct_busiest
+from repurpose_opt.formulation.codes import MESSAGES, codes_are_exact, select_codes
 from repurpose_opt.formulation.protocol import Formulation, check_price
 from repurpose_opt.hypergraph import Hypergraph
+from repurpose_opt.knowledge import compensated_cost_with_codes, refit_with_codes
 from repurpose_opt.problem import LayerProblem, Weight
 from repurpose_opt.repair import compensated_cost, corrected_bias, refit, value_energy, value_pins
 
@@ -33,21 +35,31 @@ class Volume(Formulation):
     max_nmse        minimise the priced volume with an NMSE on the calibration moments of at most this; it
                     guarantees nothing beyond them
 
+    messages        "values": chosen values are sent. "codes": linear combinations of a worker's values, of which chosen
+                    values are a special case; bytes are those of the numbers sent. "mixed": for each pair of workers
+                    what costs less, also in multiply-accumulates (`metrics.worker_macs`)
+    mac_price       with "mixed", what a multiply-accumulate of any worker adds to the objective
+
     communication   "total": volume as it is. "busiest": wherever it says volume above, the bytes of the worker that
                     sends or receives most count instead (direct's busiest worker for `budget`). The transfers are
-                    then chosen greedily with a cap on what each worker sends and receives; never exact
+                    then chosen greedily with a cap on what each worker sends and receives; never exact, and
+                    for values only
     """
 
     transfer_price: float | None = None
     budget: float | None = None
     budget_bytes: float | None = None
     max_nmse: float | None = None
+    messages: str = "values"
+    mac_price: float = 0.0
     communication: str = "total"
     name = "volume"
 
     def __post_init__(self) -> None:
         check_communication(self.communication)
-        given = {k: v for k, v in vars(self).items() if v is not None and k != "communication"}
+        _check_messages(self)
+        limits = ("transfer_price", "budget", "budget_bytes", "max_nmse")
+        given = {name: getattr(self, name) for name in limits if getattr(self, name) is not None}
         if len(given) != 1:
             names = " and ".join(given) or "none"
             raise InvalidArgument("Volume", names, "exactly one of transfer_price, budget, budget_bytes, max_nmse")
@@ -55,6 +67,17 @@ class Volume(Formulation):
         check_price(name, value)
         if name == "budget" and value > 1:
             raise InvalidArgument("budget", f"{value:g}", "a fraction of direct, in [0, 1]")
+
+    @property
+    def has_budget(self) -> bool:
+        return self.budget is not None or self.budget_bytes is not None
+
+    @property
+    def sends_codes(self) -> bool:
+        return self.messages != "values"
+
+    def supports(self, problem: LayerProblem) -> str | None:
+        return metrics.codes_unsupported(problem) if self.sends_codes else None
 
     def judged(self, problem: LayerProblem) -> LayerProblem:
         """The problem with the weights g by which errors count: max_nmse is a limit on the NMSE, which has none."""
@@ -79,9 +102,12 @@ class Volume(Formulation):
         return None if allowed is None else Allowance(problem, allowed, self.communication)
 
     def objective(self, problem: LayerProblem, owner: NDArray[np.int64], exchange: Exchange, weight: Weight) -> float:
+        work = 0.0
+        if self.mac_price > 0:
+            work = self.mac_price * float(metrics.worker_macs(problem, owner, exchange).sum())
         if self.max_nmse is not None:
-            return metrics.priced_communication(problem, exchange, self.communication)
-        error = metrics.weighted_error(problem, owner, weight)
+            return work + metrics.priced_communication(problem, exchange, self.communication)
+        error = work + metrics.weighted_error(problem, owner, weight)
         if self.transfer_price is None:
             return error
         return error + self.transfer_price * metrics.priced_communication(problem, exchange, self.communication)
@@ -89,11 +115,18 @@ class Volume(Formulation):
     def assignment_cost(
         self, problem: LayerProblem, owner: NDArray[np.int64] | None, exchange: Exchange | None
     ) -> NDArray[np.float64]:
-        return compensated_cost(self.judged(problem), _transfers(problem, exchange))
+        judged = self.judged(problem)
+        if exchange is not None and exchange.has_codes:
+            return compensated_cost_with_codes(judged, exchange)
+        return compensated_cost(judged, _transfers(problem, exchange))
 
-    def select(self, problem: LayerProblem, owner: NDArray[np.int64]) -> Exchange:
-        """Transfers by the energy of their weights on the diagonal of C, greatest gain a byte first."""
-        return self.take(problem, owner, self.ranking(problem, owner))
+    def select(
+        self, problem: LayerProblem, owner: NDArray[np.int64], out_of_time: Callable[[], bool] = lambda: False
+    ) -> Exchange:
+        """What is worth most a byte: transfers by their energy on the diagonal of C, or codes by `select_codes`."""
+        if self.sends_codes:
+            return select_codes(problem, self, owner, out_of_time)
+        return self.take(problem, owner, self.ranking(problem, owner), out_of_time)
 
     def ranking(self, problem: LayerProblem, owner: NDArray[np.int64]) -> Iterator[tuple[int, int, float]]:
         """(value, worker, energy per byte or priced byte) of the transfers that have any, greatest first."""
@@ -104,9 +137,7 @@ class Volume(Formulation):
 
     def paid(self, problem: LayerProblem) -> NDArray[np.float64]:
         """(n, P) what a transfer counts against the limit: bytes, or priced bytes."""
-        if self.budget is None and self.budget_bytes is None:
-            return problem.transfer_price
-        return problem.transfer_bytes.astype(np.float64)
+        return problem.transfer_bytes.astype(np.float64) if self.has_budget else problem.transfer_price
 
     def _rate(self, problem: LayerProblem, owner: NDArray[np.int64]) -> NDArray[np.float64]:
         """(n, P) energy that a transfer saves for each byte or priced byte, on the diagonal of C."""
@@ -144,7 +175,13 @@ class Volume(Formulation):
         return Exchange.of_transfers(taken, problem.input_owner)
 
     def repair(self, problem: LayerProblem, owner: NDArray[np.int64], exchange: Exchange) -> Weight:
+        if exchange.has_codes:
+            return refit_with_codes(problem, owner, exchange)
         return refit(problem, owner, exchange.transfers)
+
+    def meets(self, problem: LayerProblem, owner: NDArray[np.int64], exchange: Exchange) -> bool:
+        """Whether the NMSE after refit is at most `max_nmse`."""
+        return self._meets(_nmse_after(problem, owner, self.repair(problem, owner, exchange)))
 
     def violations(
         self, problem: LayerProblem, owner: NDArray[np.int64], exchange: Exchange, weight: Weight
@@ -164,9 +201,9 @@ class Volume(Formulation):
     def hypergraph(self, problem: LayerProblem, owner: NDArray[np.int64] | None = None) -> Hypergraph | None:
         """Energies on the diagonal of C as pins. A limit becomes the price a byte of its last transfer at `owner`.
 
-        None with "busiest": what a transfer costs depends on the others.
+        None with "busiest", where what a transfer costs depends on the others, and for codes.
         """
-        if self.communication == "busiest":
+        if self.communication == "busiest" or self.sends_codes:
             return None
         price = self.transfer_price
         if price is None:
@@ -188,6 +225,8 @@ class Volume(Formulation):
         )
 
     def selection_is_exact(self, problem: LayerProblem) -> bool:
+        if self.sends_codes:
+            return codes_are_exact(problem, self)
         if not problem.moments.is_diagonal or self.communication == "busiest":
             return False
         if self.transfer_price is not None:
@@ -220,7 +259,7 @@ class Volume(Formulation):
             return taken
 
         def reaches(transfers: NDArray[np.bool_]) -> bool:
-            return self._meets(_nmse_after(problem, owner, refit(problem, owner, transfers)))
+            return self.meets(problem, owner, Exchange.of_transfers(transfers, problem.input_owner))
 
         low, step = -1, 1
         while not reaches(of_prefix(len(pairs))):
@@ -238,6 +277,16 @@ class Volume(Formulation):
             pairs.extend(islice(ranked, _LOOK_AHEAD * high))
             transfers = _under_least_cap(problem, pairs, high, transfers, reaches, out_of_time)
         return Exchange.of_transfers(transfers, problem.input_owner)
+
+
+def _check_messages(formulation: Volume) -> None:
+    if formulation.messages not in MESSAGES:
+        raise InvalidArgument("messages", repr(formulation.messages), " or ".join(repr(name) for name in MESSAGES))
+    if formulation.sends_codes and formulation.communication == "busiest":
+        raise InvalidArgument("messages", f'{formulation.messages!r} with communication="busiest"', '"values"')
+    check_price("mac_price", formulation.mac_price)
+    if formulation.mac_price > 0 and formulation.messages != "mixed":
+        raise InvalidArgument("mac_price", f"{formulation.mac_price:g} with {formulation.messages!r}", '0, or "mixed"')
 
 
 def _under_least_cap(

@@ -7,15 +7,17 @@ from numpy.typing import NDArray
 
 from repurpose_opt.exchange import Exchange
 from repurpose_opt.formulation import Formulation, Volume
+from repurpose_opt.formulation.codes import least_of_uncorrelated
 from repurpose_opt.problem import LayerProblem
 from repurpose_opt.solver import Candidate, Deadline, SolveOptions, Termination
 
 
 class Threshold:
-    """Keeps the transfers of largest energy per byte (exact for Edge, Lossless and diagonal Volume)."""
+    """Keeps what is worth most a byte by itself: energies, or SVDs of codes (exact where nothing is correlated)."""
 
     name = "threshold"
     requires: tuple[str, ...] = ()
+    sends_codes = True
 
     def supports(self, problem: LayerProblem, formulation: Formulation) -> str | None:
         return None
@@ -31,5 +33,12 @@ class Threshold:
         if not isinstance(formulation, Volume):
             return Candidate(Termination.HEURISTIC, owner, formulation.select(problem, owner))
         deadline = Deadline(options.time_limit)
-        exchange = formulation.take(problem, owner, formulation.ranking(problem, owner), lambda: deadline.passed)
-        return Candidate(Termination.TIME_LIMIT if deadline.passed else Termination.HEURISTIC, owner, exchange)
+        exchange = formulation.select(problem, owner, lambda: deadline.passed)
+        if deadline.passed:
+            return Candidate(Termination.TIME_LIMIT, owner, exchange)
+        if not (
+            isinstance(formulation, Volume) and formulation.sends_codes and formulation.selection_is_exact(problem)
+        ):
+            return Candidate(Termination.HEURISTIC, owner, exchange)
+        least = least_of_uncorrelated(problem, formulation, owner, exchange)
+        return Candidate(Termination.OPTIMAL, owner, exchange, bound=least)
