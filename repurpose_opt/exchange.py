@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,6 +99,26 @@ class Exchange:
             sources = input_owner[sent]
             for source in np.unique(sources):
                 messages[int(source), target] = Values(sent[sources == source])
+        return Exchange(n, P, messages)
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Flat arrays for a file: a message from worker p to worker k is `values-p-k`, or the encoder `code-p-k`."""
+        return {
+            f"{'code' if isinstance(message, Code) else 'values'}-{source}-{target}": (
+                message.encoder if isinstance(message, Code) else message.values
+            )
+            for (source, target), message in sorted(self.messages.items())
+        }
+
+    @staticmethod
+    def of_arrays(n: int, P: int, arrays: Mapping[str, NDArray[Any]]) -> Exchange:
+        """The exchange that `arrays` made; names without two workers are passed over. Raises KeyError, ValueError."""
+        messages: dict[tuple[int, int], Message] = {}
+        for name in arrays:
+            kind, *pair = name.split("-")
+            if len(pair) == 2:
+                source, target = map(int, pair)
+                messages[source, target] = {"values": Values, "code": Code}[kind](arrays[name])
         return Exchange(n, P, messages)
 
     @staticmethod

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from repurpose_opt.exchange import Code, Exchange, Values
+from repurpose_opt.knowledge import features, had_columns
 from repurpose_opt.problem import LayerProblem, Weight, by_row_blocks, dense, row_blocks, times, weighted_squares
 
 TOLERANCE = 1e-9
@@ -55,47 +56,57 @@ def priced_communication(problem: LayerProblem, exchange: Exchange, communicatio
     return (priced_busiest if communication == "busiest" else priced_volume)(problem, exchange)
 
 
-def kept_columns(problem: LayerProblem, transfers: NDArray[np.bool_], worker: int) -> NDArray[np.int64]:
-    """Columns that a worker has: those of the values it holds or receives."""
-    return np.flatnonzero(had_columns(problem, transfers)[:, worker])
-
-
-def had_columns(problem: LayerProblem, transfers: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """(columns, P) whether worker k holds or receives the value of a column."""
-    return (transfers | ~problem.remote)[problem.column_value]
-
-
 def worker_macs(problem: LayerProblem, owner: NDArray[np.int64], exchange: Exchange) -> NDArray[np.int64]:
-    """(P,) multiply-accumulates a sample, as dense matrices compute them.
+    """(P,) multiply-accumulates a sample, as dense matrices compute them: rows times columns held, and `message_macs`.
 
-    Rows held times columns had, received numbers included, and r · n_p at the source of a code of r numbers. For
-    unfolded columns: a position of the map.
+    For unfolded columns: at a position of the map.
     """
-    width = 1 if problem.value_columns is None else problem.value_columns.shape[1]
+    rows = np.bincount(owner[problem.row_neuron], minlength=problem.P)
+    columns = np.bincount(problem.column_home, minlength=problem.P)
+    return np.asarray(rows * columns + message_macs(problem, owner, exchange), dtype=np.int64)
+
+
+def message_macs(problem: LayerProblem, owner: NDArray[np.int64], exchange: Exchange) -> NDArray[np.int64]:
+    """(P,) those that messages cause: rows times columns received, and r · n_p at the source of a code of r numbers."""
     rows = np.bincount(owner[problem.row_neuron], minlength=problem.P)
     held = np.bincount(problem.input_owner, minlength=problem.P)
-    columns = had_columns(problem, exchange.chosen_values).sum(axis=0)
-    macs = rows * columns
+    columns = np.bincount(problem.column_value, minlength=problem.n)
+    macs = np.zeros(problem.P, dtype=np.int64)
     for (source, target), message in exchange.messages.items():
         if isinstance(message, Code):
+            width = columns[np.argmax(problem.input_owner == source)]
             macs[target] += rows[target] * message.size * width
             macs[source] += message.size * held[source]
-    return np.asarray(macs, dtype=np.int64)
+        else:
+            macs[target] += rows[target] * columns[message.values].sum()
+    return macs
 
 
-def weighted_error(problem: LayerProblem, owner: NDArray[np.int64], weight: Weight) -> float:
+def weighted_error(
+    problem: LayerProblem, owner: NDArray[np.int64], weight: Weight, exchange: Exchange | None = None
+) -> float:
     """E Σ_i g_i (Wx − Vx̂)_i² for centred inputs, plus the ridge term λ Σ_i g_i ‖W_i − V_i‖².
 
-    O(m |S|²) for weights V that read |S| columns on each worker.
+    O(m |S|²) for weights V that read |S| columns on each worker. With an exchange with codes, V counts as what they
+    cover of it (`weights_outside` is what they do not), which takes O(m f²) for f features instead of columns.
     """
-    rows = _squared_error(problem, owner, weight, problem.moments.ridge)
+    rows = _squared_error(problem, owner, weight, problem.moments.ridge, exchange)
     return float(np.maximum(rows, 0.0) @ problem.output_weight)
 
 
-def nmse(problem: LayerProblem, owner: NDArray[np.int64], weight: Weight, bias: NDArray[np.float64]) -> float:
-    """E‖Wx + b − Vx̂ − b'‖² / E‖Wx‖² on the calibration moments: uncentred, without g or ridge."""
+def nmse(
+    problem: LayerProblem,
+    owner: NDArray[np.int64],
+    weight: Weight,
+    bias: NDArray[np.float64],
+    exchange: Exchange | None = None,
+) -> float:
+    """E‖Wx + b − Vx̂ − b'‖² / E‖Wx‖² on the calibration moments: uncentred, without g or ridge.
+
+    `exchange` as for `weighted_error`.
+    """
     moments = problem.moments
-    centred = np.maximum(_squared_error(problem, owner, weight, 0.0), 0.0).sum()
+    centred = np.maximum(_squared_error(problem, owner, weight, 0.0, exchange), 0.0).sum()
     output_mean = times(problem, problem.weight, moments.target_mean)
     shift = output_mean + problem.bias - times(problem, weight, moments.mean) - bias
     scale = _energy(problem, 0.0).sum() + np.square(output_mean).sum()
@@ -228,7 +239,7 @@ def _energy(problem: LayerProblem, ridge: float) -> NDArray[np.float64]:
 
 
 def _squared_error(
-    problem: LayerProblem, owner: NDArray[np.int64], weight: Weight, ridge: float
+    problem: LayerProblem, owner: NDArray[np.int64], weight: Weight, ridge: float, exchange: Exchange | None = None
 ) -> NDArray[np.float64]:
     """(rows,) diagonal of W C₀ Wᵀ − 2 V Dᵀ Wᵀ + V C Vᵀ, each matrix with ridge·I added."""
     moments = problem.moments
@@ -241,12 +252,19 @@ def _squared_error(
     for k in range(problem.P):
         rows = np.flatnonzero(row_owner == k)
         block = dense(weight[rows]).astype(np.float64)
-        columns = np.flatnonzero(block.any(axis=0))
-        block = block[:, columns]
-        cross = problem.predicted_moment[np.ix_(rows, columns)]
+        if exchange is not None and exchange.has_codes:
+            known = features(problem, exchange, k)  # its rows are orthonormal: block @ knownᵀ reads them
+            block, variance = block @ known.T, known @ (known @ second).T
+            cross = problem.predicted_moment[rows] @ known.T
+            columns: Any = known.T
+        else:
+            columns = np.flatnonzero(block.any(axis=0))
+            block, variance = block[:, columns], second[np.ix_(columns, columns)]
+            cross = problem.predicted_moment[np.ix_(rows, columns)]
         if excess:
-            cross -= excess * dense(problem.weight[rows])[:, columns]
-        product = block @ second[np.ix_(columns, columns)]
+            original = dense(problem.weight[rows])
+            cross -= excess * (original @ columns if sparse.issparse(columns) else original[:, columns])
+        product = block @ variance
         product -= 2 * cross
         error[rows] += np.einsum("rc,rc->r", product, block)
     return error

@@ -2,6 +2,7 @@
 
 For worker k with columns S: V_k[:,S] = W̃_k C[:,S] C_SS⁻¹, the error left is W̃_k M_k W̃_kᵀ with
 M_k = C − C[:,S] C_SS⁻¹ C[S,:]. Both follow from G = W̃ C = W D, so W̃ itself is never formed (C, D with ridge).
+With codes, `features` T_k take the place of the columns S: V_k = W̃_k C T_kᵀ (T_k C T_kᵀ)⁻¹ T_k, M_k likewise.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from scipy import sparse
 from scipy.linalg import LinAlgError, cholesky, solve_triangular
 
 from repurpose_opt.errors import InvalidArgument
-from repurpose_opt.metrics import had_columns, kept_columns
+from repurpose_opt.exchange import Exchange
+from repurpose_opt.knowledge import features, had_columns, kept_columns
 from repurpose_opt.problem import LayerProblem, Weight, by_row_blocks, dense, row_blocks, times
 
 
@@ -86,6 +88,36 @@ def compensated_cost(problem: LayerProblem, transfers: NDArray[np.bool_]) -> NDA
     return sum_rows(problem, total[:, None] - explained)
 
 
+def refit_with_codes(problem: LayerProblem, owner: NDArray[np.int64], exchange: Exchange) -> Weight:
+    """The weights V that minimise the error for these owners and messages, chosen values or codes.
+
+    Dense in, dense out; dtype as the weight's. O(Σ_k f_k³ + m_k f_k columns) for f_k features.
+    """
+    row_owner = owner[problem.row_neuron]
+    refitted = np.zeros((problem.rows, problem.columns), dtype=problem.weight.dtype)
+    for k in range(problem.P):
+        rows = np.flatnonzero(row_owner == k)
+        known = features(problem, exchange, k)
+        if len(rows) == 0 or known.shape[0] == 0:
+            continue
+        factor = _factor_of(problem, known)
+        half = solve_triangular(factor, known @ problem.predicted_moment[rows].T, lower=True)
+        refitted[rows] = (known.T @ solve_triangular(factor, half, lower=True, trans=1)).T
+    return type(problem.weight)(refitted) if problem.is_sparse else refitted
+
+
+def compensated_cost_with_codes(problem: LayerProblem, exchange: Exchange) -> NDArray[np.float64]:
+    """(m, P) cost g w̃_i M_k w̃_iᵀ of neuron i on worker k after refit, with the messages fixed."""
+    explained = np.zeros((problem.rows, problem.P))
+    for k in range(problem.P):
+        known = features(problem, exchange, k)
+        if known.shape[0] > 0:
+            half = solve_triangular(_factor_of(problem, known), known @ problem.predicted_moment.T, lower=True)
+            explained[:, k] = np.einsum("fr,fr->r", half, half)
+    cost = problem.output_weight[:, None] * (problem.output_energy[:, None] - explained)
+    return sum_rows(problem, cost)
+
+
 def column_energy(problem: LayerProblem) -> Weight:
     """g_i C_jj w̃_ij², (rows, columns): the error, on the diagonal of C, of dropping one weight."""
     target, variance = problem.target_weight, problem.moments.variance
@@ -142,7 +174,18 @@ def _squared_target(problem: LayerProblem) -> Iterator[tuple[slice, Weight]]:
 
 
 def _factor(problem: LayerProblem, columns: NDArray[np.int64]) -> NDArray[np.float64]:
+    return _cholesky(problem.moments.regularised[np.ix_(columns, columns)])
+
+
+def _factor_of(problem: LayerProblem, known: Any) -> NDArray[np.float64]:
+    """Lower Cholesky factor of T_k C T_kᵀ."""
+    second = problem.moments.regularised
+    gram = (known * second) @ known.T if second.ndim == 1 else known @ (known @ second).T
+    return _cholesky(gram.toarray() if sparse.issparse(gram) else gram)
+
+
+def _cholesky(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
     try:
-        return cholesky(problem.moments.regularised[np.ix_(columns, columns)], lower=True)
+        return np.asarray(cholesky(matrix, lower=True))
     except LinAlgError:
         raise InvalidArgument("second_moment", "an indefinite matrix", "a positive semidefinite one") from None

@@ -65,7 +65,7 @@ class LayerSolution:
     @cached_property
     def nmse(self) -> float:
         """Relative squared error of the layer's output on the calibration moments."""
-        return metrics.nmse(self.problem, self._owner, self._weight, self._bias)
+        return metrics.nmse(self.problem, self._owner, self._weight, self._bias, self._exchange)
 
     @cached_property
     def volume(self) -> int:

@@ -200,9 +200,10 @@ def alternate(
         if best.owner is not None and not loop.deadline.passed:
             best = loop.run(stage, best.owner, best)
     termination = Termination.TIME_LIMIT if loop.deadline.passed else Termination.HEURISTIC
-    return Candidate(
-        termination, best.owner, best.exchange, message=best.message, stats={**best.stats, "rounds": loop.rounds}
-    )
+    if best.termination is Termination.OPTIMAL:  # proved by the pruner: no other owners are allowed
+        termination = best.termination
+    stats = {**best.stats, "rounds": loop.rounds}
+    return Candidate(termination, best.owner, best.exchange, best.bound, message=best.message, stats=stats)
 
 
 @dataclass
@@ -303,7 +304,8 @@ class _Chain:
             if pruned.termination is not Termination.HEURISTIC and termination is Termination.HEURISTIC:
                 termination = pruned.termination
             stats = {**pruned.stats, **candidate.stats}
-            candidate = replace(candidate, exchange=pruned.exchange, termination=termination, stats=stats)
+            bound = _highest(candidate.bound, pruned.bound)  # the pruner's where no other owners are allowed
+            candidate = replace(candidate, exchange=pruned.exchange, termination=termination, bound=bound, stats=stats)
         return candidate
 
     def _guarded(self, name: str, ask: Callable[[], Candidate]) -> Candidate:

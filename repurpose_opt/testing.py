@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from repurpose_opt import metrics, registry
-from repurpose_opt.exchange import Code, Exchange, Message
+from repurpose_opt.exchange import Code, Exchange, Message, Values
 from repurpose_opt.formulation import Edge, Formulation, Lossless, Volume
 from repurpose_opt.moments import Moments
 from repurpose_opt.problem import LayerProblem
@@ -85,11 +85,11 @@ def formulation_checks(formulation: Formulation) -> Iterator[tuple[str, Check]]:
     )
     for case in TINY_CASES:
         for case_check in each_case:
-            yield f"{_name(case_check)}-{case}", _bind(case_check, formulation, case)
+            yield f"{_name(case_check)}-{case}", _bind(_check_where_supported, case_check, formulation, case)
 
 
 def standard_formulations() -> dict[str, Formulation]:
-    """The formulations that a backend is checked on: every kind, every mode of Volume, and the busiest worker."""
+    """The formulations that a backend is checked on: every kind, every mode of Volume, the busiest worker, codes."""
     return {
         "edge": Edge(weight_price=0.05, transfer_price=0.02),
         "volume-price": Volume(transfer_price=0.04),
@@ -101,6 +101,9 @@ def standard_formulations() -> dict[str, Formulation]:
         "volume-busiest-price": Volume(transfer_price=0.08, communication="busiest"),
         "volume-busiest-budget": Volume(budget=0.5, communication="busiest"),
         "lossless-busiest": Lossless(communication="busiest"),
+        "codes-price": Volume(transfer_price=0.04, messages="codes"),
+        "codes-budget": Volume(budget=0.4, messages="codes"),
+        "mixed-price": Volume(transfer_price=0.03, messages="mixed", mac_price=0.01),
     }
 
 
@@ -130,18 +133,58 @@ def least_objective(problem: LayerProblem, formulation: Formulation) -> float:
 
 
 def least_objective_given(problem: LayerProblem, formulation: Formulation, owner: NDArray[np.int64]) -> float:
-    """The least objective for these owners over all sets of transfers; infinite if none is valid."""
+    """The least objective for these owners over all sets of transfers, or codes; infinite if none is valid.
+
+    With codes for two workers at most: there, what a worker receives has one source, and codes of each length are the
+    best of their length by a singular value decomposition. Not for `max_nmse` with a ridge, which counts otherwise.
+    """
     least = np.inf
-    value, worker = np.nonzero(problem.remote)
-    for chosen in product((False, True), repeat=len(value)):
-        transfers = np.zeros((problem.n, problem.P), dtype=bool)
-        transfers[value, worker] = chosen
-        exchange = Exchange.of_transfers(transfers, problem.input_owner)
+    for exchange in _exchanges_with_codes(problem, owner) if formulation.sends_codes else _exchanges(problem):
         weight = formulation.repair(problem, owner, exchange)
         objective = formulation.objective(problem, owner, exchange, weight)
         if objective < least and not formulation.violations(problem, owner, exchange, weight):
             least = objective
     return least
+
+
+def _exchanges(problem: LayerProblem) -> Iterator[Exchange]:
+    """Every set of transfers."""
+    value, worker = np.nonzero(problem.remote)
+    for chosen in product((False, True), repeat=len(value)):
+        transfers = np.zeros((problem.n, problem.P), dtype=bool)
+        transfers[value, worker] = chosen
+        yield Exchange.of_transfers(transfers, problem.input_owner)
+
+
+def _exchanges_with_codes(problem: LayerProblem, owner: NDArray[np.int64]) -> Iterator[Exchange]:
+    """Every set of values, or the best code of every length, from each of two workers to the other."""
+    pairs = [(p, k) for p in range(problem.P) for k in range(problem.P) if p != k]
+    assert len(pairs) <= 2, "codes of more than two workers cannot be enumerated"
+    for messages in product(*(_messages(problem, owner, *pair) for pair in pairs)):
+        sent = {pair: message for pair, message in zip(pairs, messages, strict=True) if message is not None}
+        yield Exchange(problem.n, problem.P, sent)
+
+
+def _messages(problem: LayerProblem, owner: NDArray[np.int64], source: int, target: int) -> Iterator[Message | None]:
+    yield None
+    held, local = (np.flatnonzero(problem.input_owner == worker) for worker in (source, target))
+    for chosen in product((False, True), repeat=len(held)):
+        if any(chosen):
+            yield Values(held[list(chosen)])
+    rows = np.flatnonzero(owner[problem.row_neuron] == target)
+    if len(rows) == 0 or len(held) == 0 or problem.columns != problem.n:
+        return
+    second = problem.moments.regularised
+    second = np.diag(second) if second.ndim == 1 else second
+    known = np.linalg.solve(second[np.ix_(local, local)], second[local])  # least squares by what the target holds
+    left = (second - second[:, local] @ known)[np.ix_(held, held)]
+    output = problem.predicted_moment[rows]
+    output = np.sqrt(problem.output_weight[rows])[:, None] * (output - output[:, local] @ known)[:, held]
+    spread, axes = np.linalg.eigh(left)
+    inverse_root = axes / np.sqrt(spread) @ axes.T
+    directions = np.linalg.svd(output @ inverse_root)[2] @ inverse_root
+    for count in range(1, min(len(rows), len(held)) + 1):
+        yield Code(np.linalg.qr(directions[:count].T)[0].T)
 
 
 # ---------------------------------------------------------------------------------------------- problems to check on
@@ -462,6 +505,13 @@ def _check_formulation_is_declared(formulation: Formulation) -> None:
     assert 0 <= formulation.damping < 1, f"damping {formulation.damping} outside [0, 1)"
 
 
+def _check_where_supported(check: Callable[[Formulation, str], None], formulation: Formulation, case: str) -> None:
+    reason = formulation.supports(TINY_CASES[case]())
+    if reason is not None:
+        raise _Unsupported(reason)
+    check(formulation, case)
+
+
 def _check_objective(formulation: Formulation, case: str) -> None:
     problem = TINY_CASES[case]()
     for owner in _placements(problem)[:4]:
@@ -551,6 +601,8 @@ def _check_hypergraph(formulation: Formulation, case: str) -> None:
 def _check_formulation_mutates_nothing(formulation: Formulation) -> None:
     for case in ("correlated", "received", "blocks", "output_weight"):
         problem = TINY_CASES[case]()
+        if formulation.supports(problem) is not None:
+            continue
         owner = _placements(problem)[0]
         owner.flags.writeable = False
         before = _snapshot(problem)

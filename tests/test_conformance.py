@@ -17,12 +17,66 @@ PRUNERS = [entry.name for entry in registry.registered("pruners") if entry.insta
 FORMULATIONS = testing.standard_formulations()
 
 
+MIP = ("mip", "mip:cp-sat", "mip:highs", "mip:scip")
+ADDITIVE = {"edge", "volume-price", "lossless"}
+
+
+VOLUMES = {label for label in FORMULATIONS if label.startswith("volume")}
+TOTAL_VOLUMES = {label for label in VOLUMES if "busiest" not in label}
+CODES = {label for label in FORMULATIONS if label.startswith(("codes", "mixed"))}
+
+
+# A check that is declined proves nothing: what each backend must serve, and where it must prove its answer.
+SERVES = {
+    "contiguous": set(FORMULATIONS),
+    "random": set(FORMULATIONS),
+    "brute-force": set(FORMULATIONS) - {"mixed-price"},
+    "munkres": set(FORMULATIONS),
+    "flow": set(FORMULATIONS),
+    "metis": set(FORMULATIONS),
+    "alternate": set(FORMULATIONS),
+    "compensated": VOLUMES | CODES,
+    "generalised": set(FORMULATIONS),
+    "local-search": set(FORMULATIONS) - CODES - {"edge-busiest", "volume-busiest-price", "volume-busiest-budget"},
+    "mt-kahypar": {"lossless"},
+    **{name: ADDITIVE | {"lossless-busiest", "volume-budget", "volume-bytes"} for name in MIP},
+    "mip-lns": ADDITIVE,
+}
+PROVES = {
+    "brute-force": set(FORMULATIONS) - {"mixed-price"},
+    "munkres": {"edge"},
+    "flow": {"edge"},
+    "generalised": {"edge"},
+    **{name: {"edge", "lossless", "lossless-busiest"} for name in MIP},
+    "mip-lns": {"edge"},
+}
+PRUNER_SERVES = {
+    "threshold": set(FORMULATIONS),
+    "code-greedy": CODES,
+    "code-descent": CODES,
+    "group-omp": VOLUMES,
+    "group-lasso": TOTAL_VOLUMES,
+    "group-lasso:clarabel": TOTAL_VOLUMES,
+    "group-lasso:scs": TOTAL_VOLUMES,
+    "group-lasso-fast": TOTAL_VOLUMES,
+    "group-obs": TOTAL_VOLUMES,
+    "group-l0": TOTAL_VOLUMES,
+    "swaps": TOTAL_VOLUMES,
+    "tabu": TOTAL_VOLUMES,
+}
+
+
 def backend_cases(kind: str, names: list[str]) -> list[Any]:
+    """What each backend serves, or everything for one that is not listed."""
     checks = testing.partitioner_checks if kind == "partitioners" else testing.pruner_checks
+    serves = SERVES if kind == "partitioners" else PRUNER_SERVES
     return [
         pytest.param(check, id=f"{backend}-{name}", marks=[pytest.mark.slow] if is_slow(backend, name) else [])
         for backend in names
-        for name, check in checks(registry.load(kind, backend)())
+        for name, check in checks(
+            registry.load(kind, backend)(),
+            {label: f for label, f in FORMULATIONS.items() if label in serves.get(backend, FORMULATIONS)},
+        )
     ]
 
 
@@ -60,36 +114,6 @@ def test_formulation(check: Check):
     run(check)
 
 
-MIP = ("mip", "mip:cp-sat", "mip:highs", "mip:scip")
-ADDITIVE = {"edge", "volume-price", "lossless"}
-
-
-# A check that is declined proves nothing: what each backend must serve, and where it must prove its answer.
-SERVES = {
-    "contiguous": set(FORMULATIONS),
-    "random": set(FORMULATIONS),
-    "brute-force": set(FORMULATIONS),
-    "munkres": set(FORMULATIONS),
-    "flow": set(FORMULATIONS),
-    "metis": set(FORMULATIONS),
-    "alternate": set(FORMULATIONS),
-    "compensated": {label for label in FORMULATIONS if label.startswith("volume")},
-    "generalised": set(FORMULATIONS),
-    "local-search": set(FORMULATIONS) - {"edge-busiest", "volume-busiest-price", "volume-busiest-budget"},
-    "mt-kahypar": {"lossless"},
-    **{name: ADDITIVE | {"lossless-busiest", "volume-budget", "volume-bytes"} for name in MIP},
-    "mip-lns": ADDITIVE,
-}
-PROVES = {
-    "brute-force": set(FORMULATIONS),
-    "munkres": {"edge"},
-    "flow": {"edge"},
-    "generalised": {"edge"},
-    **{name: {"edge", "lossless", "lossless-busiest"} for name in MIP},
-    "mip-lns": {"edge"},
-}
-
-
 @pytest.mark.filterwarnings("ignore:Passing xadj/adjncy:DeprecationWarning")
 @pytest.mark.parametrize("label", FORMULATIONS)
 @pytest.mark.parametrize("name", SERVES)
@@ -105,22 +129,6 @@ def test_what_a_partitioner_serves_and_proves(name: str, label: str):
         assert solution.objective == pytest.approx(testing.least_objective(problem, formulation), rel=1e-9)
     else:
         assert solution.termination is Termination.HEURISTIC
-
-
-VOLUMES = {label for label in FORMULATIONS if label.startswith("volume")}
-TOTAL_VOLUMES = {label for label in VOLUMES if "busiest" not in label}
-PRUNER_SERVES = {
-    "threshold": set(FORMULATIONS),
-    "group-omp": VOLUMES,
-    "group-lasso": TOTAL_VOLUMES,
-    "group-lasso:clarabel": TOTAL_VOLUMES,
-    "group-lasso:scs": TOTAL_VOLUMES,
-    "group-lasso-fast": TOTAL_VOLUMES,
-    "group-obs": TOTAL_VOLUMES,
-    "group-l0": TOTAL_VOLUMES,
-    "swaps": TOTAL_VOLUMES,
-    "tabu": TOTAL_VOLUMES,
-}
 
 
 @pytest.mark.parametrize("label", FORMULATIONS)

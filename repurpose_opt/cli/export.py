@@ -89,7 +89,7 @@ def _run(args: argparse.Namespace) -> int:
 def _write_mps(
     output: Path, problem: LayerProblem, formulation: Formulation, start: NDArray[np.int64] | None
 ) -> Written:
-    if isinstance(formulation, Volume) and formulation.communication == "total":
+    if isinstance(formulation, Volume) and formulation.communication == "total" and not formulation.sends_codes:
         budget = formulation.allowed_bytes(problem.direct_volume)
         if budget is not None:
             energies = _hypergraph(problem, Volume(transfer_price=1.0), None)

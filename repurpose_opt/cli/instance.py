@@ -15,6 +15,7 @@ from repurpose_opt.cli.text import fraction, loads, positive, price
 from repurpose_opt.errors import InvalidArgument
 from repurpose_opt.files import read_array, read_weight
 from repurpose_opt.formulation import Formulation
+from repurpose_opt.formulation.codes import MESSAGES
 from repurpose_opt.moments import Moments
 from repurpose_opt.problem import LayerProblem
 
@@ -27,6 +28,9 @@ _ARRAYS = (
     ("--link-price", "link_price", "price of a byte from worker (row) to worker, (workers, workers); default: 1"),
     ("--bias", "bias", "the layer's bias, (rows,); default: 0"),
 )
+
+_LIMITS = {"budget", "budget_bytes", "transfer_price", "max_nmse", "weight_price"}
+_OTHERS = {"communication", "messages", "mac_price"}
 
 
 def add_instance(verb: argparse.ArgumentParser, *, start: str) -> None:
@@ -60,6 +64,14 @@ def _add_formulation(group: Any) -> None:
         "--communication",
         choices=("total", "busiest"),
         help="which bytes count: all, or those of the worker that sends or receives most; default: total",
+    )
+    group.add_argument(
+        "--messages",
+        choices=MESSAGES,
+        help="what is sent: chosen values, linear combinations of them, or what costs less; default: values",
+    )
+    group.add_argument(
+        "--mac-price", type=price, metavar="X", help="price of a multiply-accumulate (--messages mixed only)"
     )
 
 
@@ -118,15 +130,14 @@ def start_of(args: argparse.Namespace, problem: LayerProblem) -> NDArray[np.int6
 
 def formulation_of(args: argparse.Namespace) -> Formulation:
     """The formulation that the options describe; options that do not belong together are a usage error."""
-    names = ("budget", "budget_bytes", "transfer_price", "max_nmse", "weight_price", "communication")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in sorted(_LIMITS | _OTHERS) if getattr(args, name) is not None}
     chosen = args.formulation or ("edge" if "weight_price" in given else "volume")
     create = registry.load("formulations", chosen)
     accepted = {field.name for field in fields(create)} if is_dataclass(create) else set()
     for name in given:
         if name not in accepted:
             args.usage_error(f"--{name.replace('_', '-')} does not apply to --formulation {chosen}")
-    has_price = bool(given.keys() - {"communication"})
+    has_price = bool(given.keys() & _LIMITS)
     if chosen == "volume" and not has_price:
         given["budget"] = 0.1
     if chosen == "edge" and not has_price:

@@ -47,9 +47,10 @@ terminals that they hold); or a .sol file of a MIP solver. The placement is prun
 and improved only with --partitioner.
 
 The solution file holds owner (neurons,): the worker of each neuron; transfers (values, workers): whether a value is
-sent to a worker; weight: the repaired weights, or weight_data, weight_indices, weight_indptr and weight_shape of a
-CSR matrix where the layer is sparse; bias (rows,); and metadata, a string of JSON with what --json prints.
-Read it with numpy.load."""
+sent to a worker, or, where codes are sent, values-P-K: the values that worker P sends to worker K, and code-P-K
+(numbers, values of P): what it combines them with; weight: the repaired weights, or weight_data, weight_indices,
+weight_indptr and weight_shape of a CSR matrix where the layer is sparse; bias (rows,); and metadata, a string of JSON
+with what --json prints. Read it with numpy.load."""
 
 
 def add(verbs: Any) -> None:
@@ -156,6 +157,7 @@ def _judged(
 def _figures(solution: LayerSolution, seed: int, elapsed: float) -> dict[str, Any]:
     """What --json prints: figures recomputed from the solution, and what made it. None where there is none."""
     assert solution.owner is not None
+    assert solution.exchange is not None
     problem, formulation = solution.problem, solution.formulation
     described: dict[str, Any] = {"name": formulation.name}
     if is_dataclass(formulation) and not isinstance(formulation, type):
@@ -181,6 +183,8 @@ def _figures(solution: LayerSolution, seed: int, elapsed: float) -> dict[str, An
         "direct_volume": direct,
         "volume_fraction": solution.volume / direct if direct else None,
         "busiest": solution.busiest,
+        "numbers": sum(message.size for message in solution.exchange.messages.values()),
+        "macs_per_worker": metrics.worker_macs(problem, solution.owner, solution.exchange).tolist(),
         "neurons_per_worker": np.bincount(solution.owner, minlength=problem.P).tolist(),
         "violations": list(solution.violations),
         "seconds": elapsed,
@@ -198,9 +202,11 @@ def _finite_entries(stage: Mapping[str, Any]) -> dict[str, Any]:
 
 def _write_solution(path: Path, solution: LayerSolution, figures: Mapping[str, Any]) -> None:
     """Writes beside the file and renames, so that what stands under its name is always complete."""
+    assert solution.exchange is not None
+    messages = solution.exchange.arrays() if solution.exchange.has_codes else {"transfers": solution.transfers}
     arrays = {
         "owner": solution.owner,
-        "transfers": solution.transfers,
+        **messages,
         "bias": solution.bias,
         "metadata": np.array(json.dumps(figures)),
         **_weight_arrays(solution.weight),
@@ -236,8 +242,9 @@ def _table(figures: Mapping[str, Any]) -> str:
         ("bound", _number(figures["bound"])),
         ("gap", "–" if figures["gap"] is None else f"{figures['gap']:.2%}"),
         ("NMSE", _number(figures["nmse"])),
-        ("volume", f"{figures['volume']:,} bytes a sample{of_direct}"),
+        ("volume", f"{figures['volume']:,} bytes a sample{of_direct}, {figures['numbers']:,} numbers"),
         ("busiest worker", f"{figures['busiest']:,} bytes a sample"),
+        ("MACs on each", " ".join(f"{macs:,}" for macs in figures["macs_per_worker"])),
         ("neurons on each", " ".join(map(str, figures["neurons_per_worker"]))),
         ("violations", "; ".join(figures["violations"]) or "none"),
         ("seconds", f"{figures['seconds']:.3g}"),

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repurpose_opt.exchange import Code, Exchange, Message, Values
-from repurpose_opt.metrics import priced_volume
+from repurpose_opt.metrics import priced_volume, weighted_error
 from repurpose_opt.problem import LayerProblem
 from repurpose_opt.receiver import Spectrum, receivers
 
@@ -158,9 +158,9 @@ def least_of_uncorrelated(
     communication = priced_volume(problem, exchange)
     if formulation.max_nmse is not None:
         return communication
-    error = 0.0
+    nothing = Exchange.nothing(problem.n, problem.P)
+    error = weighted_error(problem, owner, formulation.repair(problem, owner, nothing))
     for receiver in receivers(problem, owner):
-        error += receiver.energy
         for p in receiver.values:
             message = exchange.messages.get((p, receiver.worker))
             error -= 0.0 if message is None else float(receiver.spectrum(p).gains[: message.size].sum())

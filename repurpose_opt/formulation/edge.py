@@ -13,7 +13,7 @@ from repurpose_opt.exchange import Exchange
 from repurpose_opt.formulation.busiest import Ranking, check_communication
 from repurpose_opt.formulation.protocol import Formulation, check_price
 from repurpose_opt.hypergraph import Hypergraph
-from repurpose_opt.metrics import had_columns
+from repurpose_opt.knowledge import had_columns
 from repurpose_opt.problem import LayerProblem, Weight, row_blocks
 from repurpose_opt.repair import sum_rows
 

@@ -17,9 +17,16 @@ from repurpose_opt.formulation.busiest import Allowance, Ranking, check_communic
 from repurpose_opt.formulation.codes import MESSAGES, codes_are_exact, select_codes
 from repurpose_opt.formulation.protocol import Formulation, check_price
 from repurpose_opt.hypergraph import Hypergraph
-from repurpose_opt.knowledge import compensated_cost_with_codes, refit_with_codes
 from repurpose_opt.problem import LayerProblem, Weight
-from repurpose_opt.repair import compensated_cost, corrected_bias, refit, value_energy, value_pins
+from repurpose_opt.repair import (
+    compensated_cost,
+    compensated_cost_with_codes,
+    corrected_bias,
+    refit,
+    refit_with_codes,
+    value_energy,
+    value_pins,
+)
 
 _LEAST_SHARE = 0.1
 _LOOK_AHEAD = 3
@@ -37,8 +44,9 @@ class Volume(Formulation):
 
     messages        "values": chosen values are sent. "codes": linear combinations of a worker's values, of which chosen
                     values are a special case; bytes are those of the numbers sent. "mixed": for each pair of workers
-                    what costs less, also in multiply-accumulates (`metrics.worker_macs`)
-    mac_price       with "mixed", what a multiply-accumulate of any worker adds to the objective
+                    what costs less, also in multiply-accumulates
+    mac_price       with "mixed", what a multiply-accumulate that messages cause (`metrics.message_macs`) adds to the
+                    objective
 
     communication   "total": volume as it is. "busiest": wherever it says volume above, the bytes of the worker that
                     sends or receives most count instead (direct's busiest worker for `budget`). The transfers are
@@ -104,10 +112,10 @@ class Volume(Formulation):
     def objective(self, problem: LayerProblem, owner: NDArray[np.int64], exchange: Exchange, weight: Weight) -> float:
         work = 0.0
         if self.mac_price > 0:
-            work = self.mac_price * float(metrics.worker_macs(problem, owner, exchange).sum())
+            work = self.mac_price * float(metrics.message_macs(problem, owner, exchange).sum())
         if self.max_nmse is not None:
             return work + metrics.priced_communication(problem, exchange, self.communication)
-        error = work + metrics.weighted_error(problem, owner, weight)
+        error = work + metrics.weighted_error(problem, owner, weight, exchange)
         if self.transfer_price is None:
             return error
         return error + self.transfer_price * metrics.priced_communication(problem, exchange, self.communication)
@@ -181,7 +189,7 @@ class Volume(Formulation):
 
     def meets(self, problem: LayerProblem, owner: NDArray[np.int64], exchange: Exchange) -> bool:
         """Whether the NMSE after refit is at most `max_nmse`."""
-        return self._meets(_nmse_after(problem, owner, self.repair(problem, owner, exchange)))
+        return self._meets(_nmse_after(problem, owner, self.repair(problem, owner, exchange), exchange))
 
     def violations(
         self, problem: LayerProblem, owner: NDArray[np.int64], exchange: Exchange, weight: Weight
@@ -193,7 +201,7 @@ class Volume(Formulation):
             what = "busiest worker with" if is_busiest else "volume"
             return (f"{what} {used} bytes is above the budget, {allowed:g}",)
         if self.max_nmse is not None:
-            reached = _nmse_after(problem, owner, weight)
+            reached = _nmse_after(problem, owner, weight, exchange)
             if not self._meets(reached):
                 return (f"NMSE {reached:.4g} is above max_nmse, {self.max_nmse:g}",)
         return ()
@@ -318,5 +326,5 @@ def _transfers(problem: LayerProblem, exchange: Exchange | None) -> NDArray[np.b
     return np.zeros((problem.n, problem.P), dtype=bool) if exchange is None else exchange.transfers
 
 
-def _nmse_after(problem: LayerProblem, owner: NDArray[np.int64], weight: Weight) -> float:
-    return metrics.nmse(problem, owner, weight, corrected_bias(problem, weight))
+def _nmse_after(problem: LayerProblem, owner: NDArray[np.int64], weight: Weight, exchange: Exchange) -> float:
+    return metrics.nmse(problem, owner, weight, corrected_bias(problem, weight), exchange)

@@ -27,6 +27,8 @@ class BruteForce:
     def supports(self, problem: LayerProblem, formulation: Formulation) -> str | None:
         digits = problem.m * log10(problem.P)
         if not formulation.selection_is_exact(problem):
+            if formulation.sends_codes:
+                return "codes cannot be enumerated, and their selection is not exact here"
             digits += int(problem.remote.sum()) * log10(2)
         return None if digits <= log10(_MOST_CASES) else f"10^{digits:.1f} cases to enumerate; at most {_MOST_CASES:,}"
 

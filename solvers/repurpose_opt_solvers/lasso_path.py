@@ -22,7 +22,7 @@ from scipy.linalg import cho_factor, cho_solve, cholesky, solve_triangular
 
 from repurpose_opt.exchange import Exchange
 from repurpose_opt.formulation import Formulation, Volume
-from repurpose_opt.metrics import kept_columns
+from repurpose_opt.knowledge import kept_columns
 from repurpose_opt.problem import LayerProblem
 from repurpose_opt_solvers.lasso_newton import LassoProblem, LassoSolution, OutOfTime, solve
 from repurpose_opt_solvers.reduced import WorkerProblem, worker_problems

@@ -51,6 +51,7 @@ class LocalSearch:
 
     def supports(self, problem: LayerProblem, formulation: Formulation) -> str | None:
         is_limited = isinstance(formulation, Volume) and formulation.communication == "total"
+        is_limited &= not formulation.sends_codes
         seen = Volume(transfer_price=1.0) if is_limited else formulation  # the same pins; a limit's price takes long
         found = seen.hypergraph(problem, np.zeros(problem.m, dtype=np.int64))
         if found is None:

@@ -186,6 +186,8 @@ def costs_of(problem: LayerProblem, formulation: Formulation) -> tuple[Hypergrap
     if isinstance(formulation, Volume):
         if formulation.communication == "busiest":
             return "what a transfer costs depends on the others"
+        if formulation.sends_codes:
+            return "what a code is worth is not linear in the placement"
         if formulation.max_nmse is not None:
             return "a limit on the NMSE is not linear in the transfers"
         budget = formulation.limit(problem)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.linalg import cholesky, solve_triangular
 
 from repurpose_opt.formulation import Volume
-from repurpose_opt.metrics import kept_columns
+from repurpose_opt.knowledge import kept_columns
 from repurpose_opt.problem import LayerProblem
 
 
