@@ -151,7 +151,7 @@ def solve_problems(
     partitioner: str = "auto",
 ) -> NetworkSolution:
     """`solve_network` for layers that exist already; the `input_owner` of all but the first is of no account."""
-    if not (isinstance(formulation, Lossless) and formulation.communication == "total"):
+    if not isinstance(formulation, Lossless) or formulation.communication != "total" or formulation.sends_codes:
         raise InvalidArgument("formulation", repr(formulation), "Lossless(): the look ahead prices whole values")
     options = SolveOptions() if options is None else options
     with progress() as report:

@@ -101,6 +101,7 @@ def standard_formulations() -> dict[str, Formulation]:
         "volume-busiest-price": Volume(transfer_price=0.08, communication="busiest"),
         "volume-busiest-budget": Volume(budget=0.5, communication="busiest"),
         "lossless-busiest": Lossless(communication="busiest"),
+        "lossless-codes": Lossless(messages="codes"),
         "codes-price": Volume(transfer_price=0.04, messages="codes"),
         "codes-budget": Volume(budget=0.4, messages="codes"),
         "mixed-price": Volume(transfer_price=0.03, messages="mixed", mac_price=0.01),

@@ -23,6 +23,7 @@ ADDITIVE = {"edge", "volume-price", "lossless"}
 
 VOLUMES = {label for label in FORMULATIONS if label.startswith("volume")}
 TOTAL_VOLUMES = {label for label in VOLUMES if "busiest" not in label}
+LOSSLESS_CODES = {"lossless-codes"}
 CODES = {label for label in FORMULATIONS if label.startswith(("codes", "mixed"))}
 
 
@@ -33,11 +34,14 @@ SERVES = {
     "brute-force": set(FORMULATIONS) - {"mixed-price"},
     "munkres": set(FORMULATIONS),
     "flow": set(FORMULATIONS),
-    "metis": set(FORMULATIONS),
+    "metis": set(FORMULATIONS) - LOSSLESS_CODES,
     "alternate": set(FORMULATIONS),
     "compensated": VOLUMES | CODES,
     "generalised": set(FORMULATIONS),
-    "local-search": set(FORMULATIONS) - CODES - {"edge-busiest", "volume-busiest-price", "volume-busiest-budget"},
+    "local-search": set(FORMULATIONS)
+    - CODES
+    - LOSSLESS_CODES
+    - {"edge-busiest", "volume-busiest-price", "volume-busiest-budget"},
     "mt-kahypar": {"lossless"},
     **{name: ADDITIVE | {"lossless-busiest", "volume-budget", "volume-bytes"} for name in MIP},
     "mip-lns": ADDITIVE,

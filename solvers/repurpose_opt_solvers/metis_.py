@@ -50,6 +50,8 @@ class Metis:
     def supports(self, problem: LayerProblem, formulation: Formulation) -> str | None:
         if not isinstance(formulation, (Edge, Volume, Lossless)):
             return f"no graph is known for {formulation.name}"
+        if isinstance(formulation, Lossless) and formulation.sends_codes:
+            return "no graph is known for the ranks of codes"
         links = problem.link_price[~np.eye(problem.P, dtype=bool)]
         return "link prices differ, METIS has one" if len(np.unique(links)) > 1 else None
 
@@ -132,6 +134,7 @@ class Attempt:
 def search(problem: LayerProblem, formulation: Lossless, seed: int) -> Iterator[Candidate]:
     """After each attempt, the one of least volume after its repair so far."""
     hypergraph = formulation.hypergraph(problem)
+    assert hypergraph is not None
     best: Candidate | None = None
     volumes: dict[str, float] = {}
     for name, attempt in attempts(problem).items():
