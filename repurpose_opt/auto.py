@@ -48,7 +48,7 @@ def auto_pruner(problem: LayerProblem, formulation: Formulation) -> str:
     if formulation.name != "volume" or formulation.selection_is_exact(problem):
         return "threshold"
     if formulation.sends_codes:
-        return "code-greedy+code-descent"
+        return "code-descent" if problem.broadcast else "code-greedy+code-descent"
     return "group-omp" + ("+swaps+tabu" if _serves("pruners", "swaps", problem, formulation) else "")
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,18 +25,67 @@ def had_columns(problem: LayerProblem, transfers: NDArray[np.bool_]) -> NDArray[
     return (transfers | ~problem.remote)[problem.column_value]
 
 
-def features(problem: LayerProblem, exchange: Exchange, worker: int) -> Any:
-    """T_k, csr_array (features, columns), of which T_k x̂ is all that a worker knows of x̂.
+@dataclass(frozen=True, eq=False)
+class Features:
+    """T_k (features, columns), of which T_k x̂ is all that a worker knows of x̂; its rows are orthonormal.
 
-    The columns that it has, ascending, then the codes that it receives, by source.
+    The columns that it has, ascending, then the codes that it receives, by source. Products by it are those of its
+    parts, since a sparse matrix of dense blocks is slow.
     """
-    kept = kept_columns(problem, exchange.chosen_values, worker)
-    parts = [sparse.csr_array((np.ones(len(kept)), (np.arange(len(kept)), kept)), shape=(len(kept), problem.columns))]
+
+    kept: NDArray[np.int64]
+    codes: Sequence[tuple[NDArray[np.float64], NDArray[np.int64]]]
+    """R (r, v) and the columns (v, b) of the source's values."""
+    columns: int
+
+    @cached_property
+    def matrix(self) -> Any:
+        """csr_array (features, columns)"""
+        count = len(self.kept)
+        kept = sparse.csr_array((np.ones(count), (np.arange(count), self.kept)), shape=(count, self.columns))
+        spread = [_spread(encoder, columns, self.columns) for encoder, columns in self.codes]
+        return sparse.vstack([kept, *spread], format="csr")
+
+    def __len__(self) -> int:
+        return len(self.kept) + sum(len(encoder) * columns.shape[1] for encoder, columns in self.codes)
+
+    def of(self, rows: NDArray[Any]) -> NDArray[np.float64]:
+        """(x, columns) @ Tᵀ, (x, features)"""
+        parts = [rows[:, _slice(self.kept)]]
+        for encoder, columns in self.codes:
+            read = [rows[:, _slice(column)] @ encoder.T for column in columns.T]  # (x, r) of each column of a value
+            parts.append(np.stack(read, axis=2).reshape(len(rows), -1))
+        return np.hstack(parts)
+
+    def back(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(x, features) @ T, (x, columns)"""
+        spread = np.zeros((len(rows), self.columns))
+        first = len(self.kept)
+        spread[:, _slice(self.kept)] = rows[:, :first]
+        for encoder, columns in self.codes:
+            r, b = len(encoder), columns.shape[1]
+            numbers = rows[:, first : first + r * b].reshape(-1, r, b)
+            for i, column in enumerate(columns.T):
+                spread[:, _slice(column)] = numbers[:, :, i] @ encoder
+            first += r * b
+        return spread
+
+
+def features(problem: LayerProblem, exchange: Exchange, worker: int) -> Features:
+    """What a worker knows with these messages."""
+    codes = []
     for source, code in exchange.codes_to(worker):
         assert problem.value_columns is not None
         columns = problem.value_columns[problem.input_owner == source]
-        parts.append(_spread(np.asarray(code.encoder, dtype=np.float64), columns, problem.columns))
-    return sparse.vstack(parts, format="csr")
+        codes.append((np.asarray(code.encoder, dtype=np.float64), columns))
+    return Features(kept_columns(problem, exchange.chosen_values, worker), codes, problem.columns)
+
+
+def _slice(columns: NDArray[np.int64]) -> slice | NDArray[np.int64]:
+    """The columns as a slice where they are a run, which spares a copy."""
+    if len(columns) and columns[-1] - columns[0] == len(columns) - 1 and (np.diff(columns) == 1).all():
+        return slice(int(columns[0]), int(columns[-1]) + 1)
+    return columns
 
 
 def _spread(encoder: NDArray[np.float64], columns: NDArray[np.int64], count: int) -> Any:

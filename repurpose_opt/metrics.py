@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -31,24 +33,43 @@ def traffic(problem: LayerProblem, exchange: Exchange) -> NDArray[np.int64]:
     return sent
 
 
+def sent_bytes(problem: LayerProblem, exchange: Exchange) -> NDArray[np.int64]:
+    """(P,) bytes a sample that each worker sends. On broadcast links, what goes to several workers counts once."""
+    if not problem.broadcast:
+        return np.asarray(traffic(problem, exchange).sum(axis=1))
+    chosen = exchange.chosen_values.any(axis=1)
+    sent = np.bincount(problem.input_owner, problem.value_bytes * chosen, problem.P).astype(np.int64)
+    codes: dict[int, list[Code]] = {}
+    for (source, _), message in exchange.messages.items():
+        known = codes.setdefault(source, [])
+        if isinstance(message, Code) and not any(np.array_equal(message.encoder, code.encoder) for code in known):
+            known.append(message)
+            sent[source] += message.size * problem.number_bytes[source]
+    return sent
+
+
 def volume(problem: LayerProblem, exchange: Exchange) -> int:
     """Bytes of all messages for one sample."""
-    return int(traffic(problem, exchange).sum())
+    return int(sent_bytes(problem, exchange).sum())
 
 
 def priced_volume(problem: LayerProblem, exchange: Exchange) -> float:
-    """Σ over messages of bytes · link_price."""
+    """Σ over messages of bytes · link_price; on broadcast links Σ over workers of bytes · their dearest link_price."""
+    if problem.broadcast:
+        return float(sent_bytes(problem, exchange) @ problem.link_price.max(axis=1))
     return float((traffic(problem, exchange) * problem.link_price).sum())
 
 
 def busiest(problem: LayerProblem, exchange: Exchange) -> int:
     """Max over workers of max(bytes sent, bytes received) for one sample."""
-    return int(_most_of_a_worker(traffic(problem, exchange)))
+    received = traffic(problem, exchange).sum(axis=0)
+    return int(max(sent_bytes(problem, exchange).max(), received.max()))
 
 
 def priced_busiest(problem: LayerProblem, exchange: Exchange) -> float:
     """Max over workers of max(Σ bytes · link_price sent, Σ bytes · link_price received) for one sample."""
-    return float(_most_of_a_worker(traffic(problem, exchange) * problem.link_price))
+    priced = traffic(problem, exchange) * problem.link_price
+    return float(max(priced.sum(axis=1).max(), priced.sum(axis=0).max()))
 
 
 def priced_communication(problem: LayerProblem, exchange: Exchange, communication: str) -> float:
@@ -225,11 +246,6 @@ def _outside_codes(
     return int(np.count_nonzero(block))
 
 
-def _most_of_a_worker(traffic: NDArray[Any]) -> Any:
-    """Max over workers of max(row sum, column sum)."""
-    return max(traffic.sum(axis=1).max(), traffic.sum(axis=0).max())
-
-
 def _energy(problem: LayerProblem, ridge: float) -> NDArray[np.float64]:
     """Diagonal of W (C₀+ridge·I) Wᵀ, (rows,)."""
     excess = problem.moments.ridge - ridge
@@ -252,18 +268,16 @@ def _squared_error(
     for k in range(problem.P):
         rows = np.flatnonzero(row_owner == k)
         block = dense(weight[rows]).astype(np.float64)
+        read: Callable[[NDArray[Any]], NDArray[Any]]
         if exchange is not None and exchange.has_codes:
-            known = features(problem, exchange, k)  # its rows are orthonormal: block @ knownᵀ reads them
-            block, variance = block @ known.T, known @ (known @ second).T
-            cross = problem.predicted_moment[rows] @ known.T
-            columns: Any = known.T
+            read = features(problem, exchange, k).of  # its rows are orthonormal, so of(block) reads V
+            variance = read(read(second).T)
         else:
             columns = np.flatnonzero(block.any(axis=0))
-            block, variance = block[:, columns], second[np.ix_(columns, columns)]
-            cross = problem.predicted_moment[np.ix_(rows, columns)]
+            read, variance = itemgetter((slice(None), columns)), second[np.ix_(columns, columns)]
+        block, cross = read(block), read(problem.predicted_moment[rows])
         if excess:
-            original = dense(problem.weight[rows])
-            cross -= excess * (original @ columns if sparse.issparse(columns) else original[:, columns])
+            cross = cross - excess * read(dense(problem.weight[rows]))
         product = block @ variance
         product -= 2 * cross
         error[rows] += np.einsum("rc,rc->r", product, block)

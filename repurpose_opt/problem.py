@@ -51,6 +51,8 @@ class LayerProblem:
     """(columns,)"""
     row_neuron: NDArray[np.int64]
     """(rows,)"""
+    broadcast: bool = False
+    """Whether one send reaches all workers, so that a number that several receive counts once."""
 
     @property
     def m(self) -> int:
@@ -143,7 +145,8 @@ class LayerProblem:
     @cached_property
     def direct_volume(self) -> int:
         """Bytes that the dense layer needs: every value to every other worker that has capacity."""
-        return int(self.transfer_bytes[:, self.capacity > 0].sum())
+        needed = self.transfer_bytes[:, self.capacity > 0]
+        return int(needed.max(axis=1, initial=0).sum() if self.broadcast else needed.sum())
 
     @cached_property
     def target_weight(self) -> Weight:
@@ -193,6 +196,7 @@ class LayerProblem:
         output_weight: ArrayLike | None = None,
         column_value: ArrayLike | None = None,
         row_neuron: ArrayLike | None = None,
+        broadcast: bool = False,
     ) -> LayerProblem:
         """Check every argument, fill in the defaults and copy nothing that need not be copied.
 
@@ -244,6 +248,7 @@ class LayerProblem:
             output_weight=checked_numbers("output_weight", output_weight, (rows,), default=1.0),
             column_value=values,
             row_neuron=neurons,
+            broadcast=broadcast,
         )
         _check_capacities(problem)
         return problem

@@ -15,11 +15,14 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cholesky, eigh, solve_triangular
+from scipy.sparse.linalg import LinearOperator, eigsh
 
 from repurpose_opt.problem import LayerProblem, dense
 
 _NOTHING = 1e-13
 """Share of a worker's energy below which a number is rounding."""
+_FEW_VALUES = 96
+"""Up to so many values of a source a dense eigenvalue problem is the faster one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +42,80 @@ class Spectrum:
         if self.factor.ndim == 1:
             return np.asarray((leading / self.factor[:, None]).T)
         return np.asarray(solve_triangular(self.factor, leading, lower=True, trans=1).T)
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """The values x̂_p of one worker made uncorrelated beside the receiver's own, F⁻¹x̂_p with K_pp = F Fᵀ.
+
+    Once per receiver: beside the numbers of others, whose covariances with F⁻¹x̂_p are S (numbers, n_p), what is left
+    of K is I − SᵀS, and a rank-|numbers| change of the Gram matrix is left of B.
+    """
+
+    factor: NDArray[np.float64] = field(repr=False)
+    """F (n_p, n_p), lower"""
+    gram: NDArray[np.float64] = field(repr=False)
+    """F⁻¹ B_pᵀ B_p F⁻ᵀ (n_p, n_p)"""
+
+    @staticmethod
+    def of(residual: NDArray[np.float64], variance: NDArray[np.float64]) -> Source:
+        """Of B_p (rows, n_p) and K_pp. O(rows n_p²) once."""
+        factor = cholesky(variance, lower=True)
+        half = solve_triangular(factor, residual.T @ residual, lower=True)
+        return Source(factor, solve_triangular(factor, half.T, lower=True))
+
+    def whitened(self, covariance: NDArray[np.float64]) -> NDArray[np.float64]:
+        """F⁻¹ (n_p, …)"""
+        return np.asarray(solve_triangular(self.factor, covariance, lower=True))
+
+    def leading(self, gram: NDArray[np.float64], shared: NDArray[np.float64], most: int, energy: float) -> Spectrum:
+        """The first `most` numbers for the Gram matrix that is left and S (numbers, n_p): Lanczos, by ARPACK.
+
+        O(n_p² + numbers · n_p) a step. Numbers worth less than 1e-13 of `energy` are left out.
+        """
+        root = _InverseRoot.of(shared)
+        count = len(gram)
+        if count <= _FEW_VALUES or 4 * most > count:
+            unit = root.apply(np.eye(count))
+            gains, vectors = eigh(unit.T @ gram @ unit, subset_by_index=[max(count - most, 0), count - 1])
+        else:
+            steps = LinearOperator(
+                (count, count), matvec=lambda v: root.transposed(gram @ root.apply(v)), dtype=np.float64
+            )
+            start = np.random.default_rng(0).standard_normal(count)  # the same answer every time
+            gains, vectors = eigsh(steps, k=most, v0=start)
+        gains, vectors = gains[::-1], vectors[:, ::-1]
+        worth = int(np.count_nonzero(gains > _NOTHING * energy))
+        return Spectrum(gains[:worth], root.apply(vectors[:, :worth]), self.factor)
+
+
+@dataclass(frozen=True, eq=False)
+class _InverseRoot:
+    """N with N Nᵀ = (I − SᵀS)⁻¹: I + Qᵀ diag(c) Q for few numbers, L⁻ᵀ for many."""
+
+    basis: NDArray[np.float64] | None
+    """Q (numbers, n_p), the rows of Uᵀ S for S Sᵀ = U diag(d) Uᵀ"""
+    change: NDArray[np.float64]
+    """c = ((1−d)^-½ − 1) / d (numbers,), or L (n_p, n_p), the Cholesky factor of I − SᵀS"""
+
+    @staticmethod
+    def of(shared: NDArray[np.float64]) -> _InverseRoot:
+        numbers, count = shared.shape
+        if 2 * numbers > count:
+            return _InverseRoot(None, cholesky(np.eye(count) - shared.T @ shared, lower=True))
+        known, vectors = eigh(shared @ shared.T)
+        left = np.sqrt(1 - known)
+        return _InverseRoot(vectors.T @ shared, 1 / (left * (1 + left)))
+
+    def apply(self, vectors: NDArray[np.float64]) -> NDArray[np.float64]:
+        if self.basis is None:
+            return np.asarray(solve_triangular(self.change, vectors, lower=True, trans=1))
+        return np.asarray(vectors + self.basis.T @ (self.change * (self.basis @ vectors).T).T)
+
+    def transposed(self, vectors: NDArray[np.float64]) -> NDArray[np.float64]:
+        if self.basis is None:
+            return np.asarray(solve_triangular(self.change, vectors, lower=True))
+        return self.apply(vectors)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +156,12 @@ class Receiver:
             covariance[columns] = self.second[columns, None] * numbers
             return covariance
         known = self.local_half.T @ (self.local_half[:, columns] @ numbers)
-        return np.asarray(self.second[:, columns] @ numbers - known)
+        return np.asarray(self.second[columns].T @ numbers - known)  # symmetric: its rows are contiguous
+
+    @cached_property
+    def sources(self) -> Mapping[int, Source]:
+        """Each source's values made uncorrelated; for values of one column and full moments."""
+        return {p: Source.of(self.residual[:, self.columns[p].ravel()], self.variances[p]) for p in self.values}
 
     def _variance(self, p: int) -> NDArray[np.float64]:
         columns = self.columns[p].ravel()

@@ -17,7 +17,7 @@ from scipy.linalg import LinAlgError, cholesky, solve_triangular
 
 from repurpose_opt.errors import InvalidArgument
 from repurpose_opt.exchange import Exchange
-from repurpose_opt.knowledge import features, had_columns, kept_columns
+from repurpose_opt.knowledge import Features, features, had_columns, kept_columns
 from repurpose_opt.problem import LayerProblem, Weight, by_row_blocks, dense, row_blocks, times
 
 
@@ -98,11 +98,11 @@ def refit_with_codes(problem: LayerProblem, owner: NDArray[np.int64], exchange: 
     for k in range(problem.P):
         rows = np.flatnonzero(row_owner == k)
         known = features(problem, exchange, k)
-        if len(rows) == 0 or known.shape[0] == 0:
+        if len(rows) == 0 or len(known) == 0:
             continue
         factor = _factor_of(problem, known)
-        half = solve_triangular(factor, known @ problem.predicted_moment[rows].T, lower=True)
-        refitted[rows] = (known.T @ solve_triangular(factor, half, lower=True, trans=1)).T
+        half = solve_triangular(factor, known.of(problem.predicted_moment[rows]).T, lower=True)
+        refitted[rows] = known.back(solve_triangular(factor, half, lower=True, trans=1).T)
     return type(problem.weight)(refitted) if problem.is_sparse else refitted
 
 
@@ -111,8 +111,8 @@ def compensated_cost_with_codes(problem: LayerProblem, exchange: Exchange) -> ND
     explained = np.zeros((problem.rows, problem.P))
     for k in range(problem.P):
         known = features(problem, exchange, k)
-        if known.shape[0] > 0:
-            half = solve_triangular(_factor_of(problem, known), known @ problem.predicted_moment.T, lower=True)
+        if len(known) > 0:
+            half = solve_triangular(_factor_of(problem, known), known.of(problem.predicted_moment).T, lower=True)
             explained[:, k] = np.einsum("fr,fr->r", half, half)
     cost = problem.output_weight[:, None] * (problem.output_energy[:, None] - explained)
     return sum_rows(problem, cost)
@@ -177,11 +177,12 @@ def _factor(problem: LayerProblem, columns: NDArray[np.int64]) -> NDArray[np.flo
     return _cholesky(problem.moments.regularised[np.ix_(columns, columns)])
 
 
-def _factor_of(problem: LayerProblem, known: Any) -> NDArray[np.float64]:
+def _factor_of(problem: LayerProblem, known: Features) -> NDArray[np.float64]:
     """Lower Cholesky factor of T_k C T_kᵀ."""
     second = problem.moments.regularised
-    gram = (known * second) @ known.T if second.ndim == 1 else known @ (known @ second).T
-    return _cholesky(gram.toarray() if sparse.issparse(gram) else gram)
+    if second.ndim == 1:
+        return _cholesky(((known.matrix * second) @ known.matrix.T).toarray())
+    return _cholesky(known.of(known.of(second).T))
 
 
 def _cholesky(matrix: NDArray[np.float64]) -> NDArray[np.float64]:

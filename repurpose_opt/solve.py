@@ -63,6 +63,7 @@ def solve_layer(
     output_weight: ArrayLike | None = None,
     column_value: ArrayLike | None = None,
     row_neuron: ArrayLike | None = None,
+    broadcast: bool = False,
     partitioner: str = "auto",
     pruner: str = "auto",
     start: ArrayLike | None = None,
@@ -90,6 +91,7 @@ def solve_layer(
     link_price     (P, P) or a number; default 1
     output_weight  (rows,) what a squared error of each row counts; default 1
     column_value, row_neuron   which value a column belongs to, which neuron a row does; default the identity
+    broadcast      whether one send reaches all workers: a number that several receive counts once. For codes only
     partitioner    a name from `repurpose-opt solvers`, "auto" (`repurpose_opt.auto` says what that is), or a chain
                    such as "flow+alternate@0.3+local-search", where alternate has 0.3 of the time that is then left
     pruner         a name, or "auto", or a chain such as "group-omp+swaps", where swaps starts from what group-omp chose
@@ -125,6 +127,7 @@ def solve_layer(
         output_weight=output_weight,
         column_value=column_value,
         row_neuron=row_neuron,
+        broadcast=broadcast,
     )
     options = SolveOptions(time_limit=time_limit, seed=seed)
     formulation = Volume(budget=0.1) if formulation is None else formulation

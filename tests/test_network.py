@@ -80,11 +80,14 @@ def answers(model: nn.Module, images: torch.Tensor | None = None) -> torch.Tenso
 
 
 def same(first: Plan, second: Plan) -> bool:
-    """Whether two plans have the same owners, transfers and weights, bit by bit."""
+    """Whether two plans have the same owners, messages and weights, bit by bit."""
     weights, others = first.model.state_dict(), second.model.state_dict()
     layers = zip(first.layers, second.layers, strict=True)
-    return all(torch.equal(weights[name], others[name]) for name in weights) and all(
-        np.array_equal(a.owner, b.owner) and np.array_equal(a.exchange.transfers, b.exchange.transfers)
+    same_weights = weights.keys() == others.keys() and all(torch.equal(weights[key], others[key]) for key in weights)
+    return same_weights and all(
+        np.array_equal(a.owner, b.owner)
+        and a.messages.keys() == b.messages.keys()
+        and all(np.array_equal(a.message(*pair), b.message(*pair)) for pair in a.messages)
         for a, b in layers
     )
 

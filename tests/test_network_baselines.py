@@ -95,6 +95,31 @@ def test_late_fusion_sends_the_last_layers_inputs_only() -> None:
     assert torch.equal(linear(plan.model, last).weight, linear(DEMO[0].model, last).weight)
 
 
+def test_summed_late_fusion_answers_the_same_in_fewer_numbers() -> None:
+    """Ten sums instead of 16 values from each of five workers."""
+    chain, placement = DEMO
+    samples = torch.randn(20, 6 * 784)
+    weights = [np.ones(chain.linear(index).out_features) for index in range(4)]
+    plan = baselines.filled_late_fusion_plan(chain, placement, samples, weights, 0)
+    assert [layer.traffic().sum() for layer in plan.layers] == [0, 0, 0, 4 * 50]
+    assert torch.allclose(plan.model(samples), baselines.late_fusion_plan(chain, placement).model(samples), atol=1e-5)
+
+
+def test_late_fusion_is_filled_with_the_values_of_most_energy() -> None:
+    chain, placement = DEMO
+    samples = torch.randn(50, 6 * 784)
+    samples[:, [5, 1000]] *= 30
+    weights = [np.full(chain.linear(index).out_features, (1.0, 1e-6, 1e-6, 1.0)[index]) for index in range(4)]
+    plan = baselines.filled_late_fusion_plan(chain, placement, samples, weights, 60)
+    assert baselines.cost_of(plan).values_per_sample == 60
+    first, last = plan.layers[0], plan.layers[-1]
+    assert np.argwhere(first.chosen_values).tolist() == [
+        *[[5, k] for k in (1, 2, 3, 4, 5)],
+        *[[1000, k] for k in (0, 2, 3, 4, 5)],
+    ]
+    assert last.numbers == 50
+
+
 def test_sparse_keeps_the_largest_weights_and_sends_what_they_read() -> None:
     chain, placement = SMALL
     plan = baselines.sparse_plan(chain, placement, [5, 2])
@@ -108,7 +133,7 @@ def test_sparse_keeps_the_largest_weights_and_sends_what_they_read() -> None:
         reads = {
             (j, int(layer.owner[i])) for i, j in weight.nonzero().tolist() if layer.owner[i] != layer.input_owner[j]
         }
-        assert {(int(j), int(k)) for j, k in np.argwhere(layer.exchange.transfers)} == reads
+        assert {(int(j), int(k)) for j, k in np.argwhere(layer.chosen_values)} == reads
 
 
 def test_the_chain_is_not_shared_with_a_plan() -> None:

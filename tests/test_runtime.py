@@ -90,7 +90,7 @@ def test_workers_that_agree() -> None:
         (
             [Readiness(sent_counts=((0, 2),), received_counts=((0, 1),)),
              Readiness(sent_counts=((1, 0),), received_counts=((3, 0),))],
-            "workers 0 and 1 disagree on layer number 0: 0 sends 2 values, 1 expects 3",
+            "workers 0 and 1 disagree on layer number 0: 0 sends 2 numbers, 1 expects 3",
         ),
     ],
 )  # fmt: skip
@@ -143,11 +143,11 @@ def test_processes_answer_as_the_model_in_one_process(
 
 
 def test_bytes_sent_are_the_bytes_predicted(odd_plan: Plan, result: RunResult) -> None:
-    assert odd_plan.layers[1].exchange.messages == {}
+    assert odd_plan.layers[1].messages == {}
     assert result.bytes_sent.sum() > 0
     assert np.array_equal(result.bytes_sent, odd_plan.traffic() * SAMPLES)
     assert np.array_equal(result.bytes_predicted, result.bytes_sent)
-    assert result.messages == sum(len(layer.exchange.messages) for layer in odd_plan.layers)
+    assert result.messages == sum(len(layer.messages) for layer in odd_plan.layers)
     assert result.seconds > 0
 
 
@@ -325,7 +325,7 @@ def test_the_report_says_what_was_sent(runs: Runs) -> None:
         True,
     )
     assert report["bytes_sent"] == report["bytes_predicted"] == traffic.tolist()
-    assert report["messages_per_batch"] == sum(len(layer.exchange.messages) for layer in runs.plan.layers)
+    assert report["messages_per_batch"] == sum(len(layer.messages) for layer in runs.plan.layers)
     for layer, part in zip(runs.plan.layers, report["layers"], strict=True):
         assert part["name"] == layer.name
         assert part["bytes_sent"] == part["bytes_predicted"] == (layer.traffic() * SAMPLES).tolist()
@@ -363,7 +363,7 @@ FAILURES = {
 
 @pytest.mark.parametrize("name", FAILURES)
 def test_every_worker_fails_and_one_says_why(name: str, runs: Runs) -> None:
-    (source, target), message = min(runs.plan.layers[0].exchange.messages.items())
+    (source, target), message = min(runs.plan.layers[0].messages.items())
     line = FAILURES[name].format(
         folder=runs.folder,
         column=runs.column,
@@ -424,7 +424,7 @@ def _forget_a_message(build_steps: Any) -> Any:
 
     def build(manifest: Manifest, *rest: Any) -> Any:
         built = build_steps(manifest, *rest)
-        messages = manifest.layers[0].exchange.messages
+        messages = manifest.layers[0].messages
         assert isinstance(messages, dict)
         del messages[min(messages)]
         return built

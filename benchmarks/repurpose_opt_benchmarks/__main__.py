@@ -13,6 +13,9 @@ from importlib import import_module
 
 # Each module has main(argv) -> exit code, and takes --quick.
 EXPERIMENTS = {
+    "codes": "repurpose_opt_benchmarks.codes",
+    "codes-large": "repurpose_opt_benchmarks.codes_large",
+    "codes-tiny": "repurpose_opt_benchmarks.codes_tiny",
     "gaps": "repurpose_opt_benchmarks.gaps",
     "large": "repurpose_opt_benchmarks.large",
     "large-layer": "repurpose_opt_benchmarks.large_layer",

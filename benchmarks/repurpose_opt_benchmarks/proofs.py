@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from repurpose_opt import LayerProblem, Lossless, SolveOptions, Termination
+from repurpose_opt.formulation import nets
 from repurpose_opt.linear_model import linear_model, whole_loads
 from repurpose_opt.solve import solve_problem
 from repurpose_opt.solver import Deadline
@@ -135,7 +136,7 @@ def bound(name: str, seconds: float) -> Row:
     from repurpose_opt_solvers.transport import assign_with_bound
 
     problem = problem_of(name)
-    hypergraph = Lossless().hypergraph(problem)
+    hypergraph = nets(problem)
     model = linear_model(problem, hypergraph)
     alike = np.unique(hypergraph.pins.toarray(), axis=0, return_inverse=True)[1]
     # The bound by worker needs an objective to step towards.

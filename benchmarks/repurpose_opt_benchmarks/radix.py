@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from repurpose_opt import LayerProblem, Lossless, registry
+from repurpose_opt.formulation import nets
 from repurpose_opt.network_solve import solve_network
 from repurpose_opt.solve import solve_problem
 from repurpose_opt.solver import SolveOptions
@@ -160,7 +161,7 @@ def _placed(weights: Sequence[sparse.csr_array], place: Place, seed: int) -> lis
     for weight in weights:
         problem = LayerProblem.create(weight, WORKERS, input_owner=owner, value_bytes=1)
         owner = place(problem, seed)
-        volumes.append(Lossless().hypergraph(problem).cost(owner))
+        volumes.append(nets(problem).cost(owner))
     return volumes
 
 
@@ -179,7 +180,7 @@ def structured(layers: int) -> list[float]:
     for number, weight in enumerate(_in_natural_order(layers)):
         problem = LayerProblem.create(weight, WORKERS, input_owner=owner, value_bytes=1)
         owner = run if number % len(RADICES) == 0 else residue
-        volumes.append(Lossless().hypergraph(problem).cost(owner))
+        volumes.append(nets(problem).cost(owner))
     return volumes
 
 
@@ -207,7 +208,7 @@ def _by_one_partition(preset: str) -> Place:
     engine = MtKaHyParEngine((preset,), cycles=0, threads=1)
 
     def place(problem: LayerProblem, seed: int) -> NDArray[np.int64]:
-        (found,) = repeats(problem, Lossless().hypergraph(problem), SolveOptions(seed=seed), None, engine)
+        (found,) = repeats(problem, nets(problem), SolveOptions(seed=seed), None, engine)
         assert found.owner is not None
         return found.owner
 

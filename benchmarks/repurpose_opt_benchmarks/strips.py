@@ -214,7 +214,7 @@ def late_fusion_filled(task: Task, budget: float) -> Plan:
         linear, layer = task.chain.linear(index), task.direct.layers[index]
         row_energy = linear.weight.double().square().numpy() * task.loss_weights[index][:, None]
         gain = row_energy.T @ np.eye(WORKERS)[layer.owner] * values.double().var(0).numpy()[:, None]
-        gains.append(np.where(layer.exchange.transfers, gain, -np.inf))
+        gains.append(np.where(layer.chosen_values, gain, -np.inf))
         values = task.chain.after(index, outputs_of(linear.weight, linear.bias, values))
     ranked = np.sort(np.concatenate([gain.ravel() for gain in gains]))[::-1]
     fused = baselines.cost_of(late_fusion(task, budget)).values_per_sample
@@ -268,11 +268,12 @@ def _layer_by_layer(task: Task, budget: float, partitioner: str, pruner: str, is
         )
         solution = solve_problem(problem, Volume(budget=budget), partitioner=partitioner, pruner=pruner).require()
         assert solution.owner is not None
+        assert solution.exchange is not None
         assert solution.bias is not None
         weight, bias = solution.weight, solution.bias.astype(np.float32)
         if not is_refitted:
             weight, bias = restrict(problem, problem.weight, solution.owner, solution.transfers), linear.bias.numpy()
-        layers.append(SolvedLayer(solution.owner, solution.transfers, np.asarray(weight, dtype=np.float32), bias))
+        layers.append(SolvedLayer(solution.owner, solution.exchange, np.asarray(weight, dtype=np.float32), bias))
         volume += solution.volume
         direct += problem.direct_volume
         input_owner = solution.owner

@@ -111,7 +111,7 @@ def check_file(args: argparse.Namespace) -> None:
 def problem_of(args: argparse.Namespace) -> LayerProblem:
     """The layer that the options describe. Raises InvalidArgument."""
     weight = read_weight(args.file, args.key)
-    arrays = {name: _array(args, option, name) for option, name, _ in _ARRAYS}
+    arrays: dict[str, Any] = {name: _array(args, option, name) for option, name, _ in _ARRAYS}
     return LayerProblem.create(
         weight, args.workers, moments=_moments(args), capacity=args.capacity, min_load=args.min_load, **arrays
     )

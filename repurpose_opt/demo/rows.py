@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from repurpose_opt.network.baselines import (
     central,
     cost_of,
     direct_plan,
+    filled_late_fusion_plan,
     late_fusion_plan,
     naive,
     partial_sums,
@@ -39,8 +40,10 @@ CALIBRATION_GROUPS = 8000
 TEST_GROUPS = 5000
 OUTPUT_OWNER = 0
 FINE_TUNING = FineTuning(steps=800, batch_size=128, learning_rate=1e-3)
-CURVE = (100.0, 10.0, 1 / 3, 1 / 7, 1 / 16)
-"""Prices of the curve, relative to the price that meets the budget."""
+CURVE = {"ours": (100.0, 10.0, 1 / 3, 1 / 7, 1 / 16), "ours_codes": (10.0, 1 / 7)}
+"""Prices of the curves, relative to the price that meets the budget; the search for it has tried others."""
+SOLVERS = {"ours": ("auto", "auto"), "ours_codes": ("alternate", "threshold")}
+"""Partitioner and pruner. Those that "auto" takes for codes need minutes for one sweep over 4,704 inputs."""
 _CALIBRATION_STREAM, _TUNING_STREAM, _TEST_STREAM = 1_000_000, 2_000_000, 3_000_000
 
 
@@ -54,14 +57,13 @@ class Row:
 
 
 @dataclass(frozen=True, eq=False)
-class Outcome:
-    """All rows of one seed, and what the report draws."""
+class Ours:
+    """A row of ours: its plan, how it does at other volumes, and what six processes did with it."""
 
-    rows: dict[str, Row]
-    curve: list[tuple[float, float]]
-    """(fraction of direct, accuracy before fine-tuning) of ours, over prices."""
     plan: Plan
-    dense: Chain
+    """Fine-tuned."""
+    curve: list[tuple[float, float]]
+    """(fraction of direct, accuracy before fine-tuning), over prices."""
     max_abs_difference: float
     """Largest |Δ| between the processes' outputs and the pruned model's in one process."""
     bytes_sent: NDArray[np.int64]
@@ -69,15 +71,34 @@ class Outcome:
     bytes_predicted: NDArray[np.int64]
 
 
-def run_seed(digits: Digits, budget: float, seed: int, plan_directory: Path, report: Report) -> Outcome:
-    """Everything for one seed; the plan of `ours`, fine-tuned, is saved in `plan_directory`."""
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """All rows of one seed, and what the report draws."""
+
+    rows: dict[str, Row]
+    ours: dict[str, Ours]
+    """By the name of the row."""
+    dense: Chain
+
+
+def run_seed(
+    digits: Digits, formulations: dict[str, Volume], seed: int, plan_directories: dict[str, Path], report: Report
+) -> Outcome:
+    """Everything for one seed: a row for each formulation, whose plan, fine-tuned, is saved in its directory."""
     report("training the dense network")
-    dense = trace(train_dense(digits, seed), torch.zeros(1, SENSORS * 784))
+    dense = trace(train_dense(digits, seed), torch.zeros(1, len(input_owner())))
     training = Groups(digits.train_images, digits.train_labels)
     test = _draw(Groups(digits.test_images, digits.test_labels), TEST_GROUPS, _TEST_STREAM + seed)
     share = np.full(SENSORS, 1 / SENSORS)
     placement = Placement(SENSORS, input_owner(), (OUTPUT_OWNER,), share, link_price=None)
-    ours, curve = _repurpose(dense, training, placement, budget, test, seed, report)
+    sweep = _sweep(dense, training, placement, seed, report)
+    plans, curves = {}, {}
+    for name, formulation in formulations.items():
+        partitioner, pruner = SOLVERS[name]
+        searched = replace(sweep, partitioner=partitioner, pruner=pruner, trials=[], owners={})
+        # The same for all.
+        searched.__dict__["first_moments"] = sweep.first_moments
+        plans[name], curves[name] = _repurpose(searched, formulation, CURVE[name], test)
 
     def row(plan: Plan, name: str) -> Row:
         report(f"fine-tuning {name}")
@@ -87,7 +108,9 @@ def run_seed(digits: Digits, budget: float, seed: int, plan_directory: Path, rep
 
     direct = direct_plan(dense, placement)
     as_dense = row(direct, "dense")
-    kept = [int(ours.linear(layer).weight.count_nonzero()) for layer in ours.layers]
+    ours = plans["ours"]
+    kept = [int(ours.weight(layer).count_nonzero()) for layer in ours.layers]
+    numbers = cost_of(plans["ours_codes"]).values_per_sample
     lossless = {
         "dense": Cost(0, 0, 0.0, 0, 0, float(SENSORS)),
         "naive": naive(direct),
@@ -98,13 +121,22 @@ def run_seed(digits: Digits, budget: float, seed: int, plan_directory: Path, rep
     rows = {name: Row(as_dense.accuracy_before_finetuning, as_dense.accuracy, cost) for name, cost in lossless.items()}
     rows["sparse"] = row(sparse_plan(dense, placement, kept), "sparse")
     rows["late_fusion"] = row(late_fusion_plan(dense, placement), "late_fusion")
-    rows["ours"] = row(ours, "ours")
-    report(f"running ours on {SENSORS} processes")
-    ours.save(plan_directory)
-    ran = run_plan(plan_directory, test[0].numpy())
-    with torch.no_grad():
-        difference = float(np.abs(ran.outputs - ours.model(test[0]).numpy()).max())
-    return Outcome(rows, curve, ours, dense, difference, ran.bytes_sent, ran.bytes_predicted)
+    filled = filled_late_fusion_plan(dense, placement, sweep.inputs, sweep.loss_weights, numbers)
+    rows["late_fusion_filled"] = row(filled, "late_fusion_filled")
+    found = {}
+    for name, plan in plans.items():
+        rows[name] = row(plan, name)
+        report(f"running {name} on {SENSORS} processes")
+        found[name] = _run(plan, curves[name], plan_directories[name], test[0])
+    return Outcome(rows, found, dense)
+
+
+@torch.no_grad()
+def _run(plan: Plan, curve: list[tuple[float, float]], directory: Path, inputs: torch.Tensor) -> Ours:
+    plan.save(directory)
+    ran = run_plan(directory, inputs.numpy())
+    difference = float(np.abs(ran.outputs - plan.model(inputs).numpy()).max())
+    return Ours(plan, curve, difference, ran.bytes_sent, ran.bytes_predicted)
 
 
 @torch.no_grad()
@@ -117,18 +149,9 @@ def accuracy(model: nn.Module, inputs: torch.Tensor, labels: torch.Tensor) -> fl
     return hits / len(labels)
 
 
-def _repurpose(
-    dense: Chain,
-    training: Groups,
-    placement: Placement,
-    budget: float,
-    test: tuple[torch.Tensor, torch.Tensor],
-    seed: int,
-    report: Report,
-) -> tuple[Plan, list[tuple[float, float]]]:
-    """The plan within the budget as `repurpose` makes it, and the accuracies of the sweeps at other prices."""
+def _sweep(dense: Chain, training: Groups, placement: Placement, seed: int, report: Report) -> Sweep:
     inputs, _ = _draw(training, CALIBRATION_GROUPS, _CALIBRATION_STREAM + seed)
-    sweep = Sweep(
+    return Sweep(
         chain=dense,
         inputs=inputs,
         loss_weights=loss_weights(dense, inputs, seed),
@@ -139,14 +162,21 @@ def _repurpose(
         checkpoint=Checkpoint(None, ""),
         report=report,
     )
-    trial = best_trial(sweep, Volume(budget=budget))
+
+
+def _repurpose(
+    sweep: Sweep, formulation: Volume, ratios: Sequence[float], test: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[Plan, list[tuple[float, float]]]:
+    """The plan within the budget as `repurpose` makes it, and the accuracies of the sweeps at other prices."""
+    dense, placement = sweep.chain, sweep.placement
+    trial = best_trial(sweep, formulation)
     assert isinstance(trial.formulation, Volume)
     price = trial.formulation.transfer_price
     assert price is not None
-    stats: dict[str, Any] = {"seed": seed, "budget": budget, "transfer_price": price}
+    stats = {"seed": sweep.options.seed, "budget": formulation.budget, "transfer_price": price}
     ours = plan_of(dense, trial, placement, stats)
-    for ratio in CURVE:
-        sweep.run(Volume(transfer_price=price * ratio))
+    for ratio in ratios:
+        sweep.run(replace(trial.formulation, transfer_price=price * ratio))
     curve = [
         (tried.volume / tried.direct_volume, accuracy(plan_of(dense, tried, placement, {}).model, *test))
         for tried in sweep.trials

@@ -15,6 +15,7 @@ from repurpose_opt.demo.digits import load_digits
 from repurpose_opt.demo.rows import FINE_TUNING, TEST_GROUPS, Outcome, Row, run_seed
 from repurpose_opt.demo.sensors import NOISE, SENSORS
 from repurpose_opt.errors import InvalidArgument
+from repurpose_opt.formulation import Volume
 from repurpose_opt.progress import Report, progress
 
 _NOTES = {
@@ -25,7 +26,10 @@ _NOTES = {
     "partial_sums": "tensor parallelism's row split where a layer narrows, lossless",
     "sparse": "magnitude pruning to as many weights as ours, no reordering",
     "late_fusion": "hidden layers block-diagonal as they stand",
-    "ours": "placed, pruned, repaired",
+    "late_fusion_filled": "the same with summed answers, filled up to the volume of ours_codes with the values of most "
+    "energy",
+    "ours": "placed, pruned, repaired; chosen values are sent",
+    "ours_codes": "the same, but linear combinations of values are sent",
 }
 
 
@@ -34,18 +38,22 @@ def run_demo(
     *,
     mnist_directory: str | Path | None = None,
     budget: float = 0.01,
+    codes_budget: float = 0.0045,
     seeds: int = 1,
     seed: int = 0,
     as_json: bool = False,
 ) -> None:
     """Run `seeds` seeds from `seed` on; print the table or one JSON object, write the report to `output`.
 
-    The plan of the first seed is left in output/plan.
+    `budget` and `codes_budget` are the fractions of direct that the rows ours and ours_codes may send. The plans of
+    the first seed are left in output/plan and output/plan-codes.
     """
     if seeds < 1:
         raise InvalidArgument("seeds", seeds, "a whole number ≥ 1")
-    if not 0 < budget < 1:
-        raise InvalidArgument("budget", f"{budget:g}", "a fraction of direct, above 0 and below 1")
+    for name, fraction in (("budget", budget), ("codes_budget", codes_budget)):
+        if not 0 < fraction < 1:
+            raise InvalidArgument(name, f"{fraction:g}", "a fraction of direct, above 0 and below 1")
+    formulations = {"ours": Volume(budget=budget), "ours_codes": Volume(budget=codes_budget, messages="codes")}
     digits = load_digits(mnist_directory)
     directory = Path(output)
     directory.mkdir(parents=True, exist_ok=True)
@@ -53,16 +61,17 @@ def run_demo(
     with progress() as report:
         for number in range(seeds):
             prefix = f"seed {seed + number}: " if seeds > 1 else ""
-            plan_directory = directory / ("plan" if number == 0 else f"plan-seed-{seed + number}")
-            outcomes.append(run_seed(digits, budget, seed + number, plan_directory, _prefixed(report, prefix)))
+            suffix = "" if number == 0 else f"-seed-{seed + number}"
+            plans = {"ours": directory / f"plan{suffix}", "ours_codes": directory / f"plan-codes{suffix}"}
+            outcomes.append(run_seed(digits, formulations, seed + number, plans, _prefixed(report, prefix)))
     result = as_object(outcomes)
-    facts = _facts(digits.source, budget, seeds, seed)
+    facts = _facts(digits.source, budget, codes_budget, seeds, seed)
     _write_report(directory, outcomes, result, facts)
     if as_json:
         print(json.dumps(result, indent=2))
     else:
         print(as_table(result))
-        print(f"\n{_check_line(result['ours'])}\nReport: {directory / 'report.md'}   Plan: {directory / 'plan'}")
+        print(f"\n{_check_lines(result)}\nReport: {directory / 'report.md'}   Plans: {directory / 'plan'}, plan-codes")
 
 
 def _prefixed(report: Report, prefix: str) -> Report:
@@ -83,21 +92,22 @@ def as_object(outcomes: list[Outcome]) -> dict[str, dict[str, Any]]:
             "accuracy_std": float(np.std(after)),
             **_mean_cost(rows),
         }
-    first = outcomes[0]
-    result["ours"] |= {
-        "max_abs_difference": max(outcome.max_abs_difference for outcome in outcomes),
-        "bytes_sent": first.bytes_sent.tolist(),
-        "bytes_predicted": first.bytes_predicted.tolist(),
-        "bytes_agree": all((o.bytes_sent == o.bytes_predicted).all() for o in outcomes),
-        "curve": [[list(point) for point in outcome.curve] for outcome in outcomes],
-    }
+    for name in outcomes[0].ours:
+        found = [outcome.ours[name] for outcome in outcomes]
+        result[name] |= {
+            "max_abs_difference": max(ours.max_abs_difference for ours in found),
+            "bytes_sent": found[0].bytes_sent.tolist(),
+            "bytes_predicted": found[0].bytes_predicted.tolist(),
+            "bytes_agree": all((ours.bytes_sent == ours.bytes_predicted).all() for ours in found),
+            "curve": [[list(point) for point in ours.curve] for ours in found],
+        }
     return result
 
 
 def as_table(result: dict[str, dict[str, Any]]) -> str:
     """The rows as Markdown."""
     header = (
-        "| | accuracy before fine-tuning, % | after, % | values a sample | bytes | of direct, % | messages "
+        "| | accuracy before fine-tuning, % | after, % | numbers a sample | bytes | of direct, % | messages "
         "| busiest, bytes | busiest MACs, × 1/P | |\n|---|---|---|---|---|---|---|---|---|---|"
     )
     lines = [header]
@@ -121,19 +131,24 @@ def _mean_cost(rows: list[Row]) -> dict[str, float]:
     return {name: float(np.mean([getattr(row.cost, name) for row in rows])) for name in names}
 
 
-def _check_line(ours: dict[str, Any]) -> str:
+def _check_lines(result: dict[str, dict[str, Any]]) -> str:
+    return "\n".join(_check_line(name, row) for name, row in result.items() if "bytes_agree" in row)
+
+
+def _check_line(name: str, ours: dict[str, Any]) -> str:
     agree = "equal" if ours["bytes_agree"] else "DIFFER from"
     return (
-        f"{SENSORS} processes: answers within {ours['max_abs_difference']:.1e} of the pruned model's in one process; "
-        f"{np.sum(ours['bytes_sent']):,} bytes sent, which {agree} the predicted for every pair of workers."
+        f"{name} on {SENSORS} processes: answers within {ours['max_abs_difference']:.1e} of the pruned model's in one "
+        f"process; {np.sum(ours['bytes_sent']):,} bytes sent, which {agree} the predicted for every pair of workers."
     )
 
 
-def _facts(source: str, budget: float, seeds: int, seed: int) -> dict[str, Any]:
+def _facts(source: str, budget: float, codes_budget: float, seeds: int, seed: int) -> dict[str, Any]:
     packages = ("repurpose-opt", "torch", "numpy", "scipy", "ortools")
     return {
         "digits": source,
-        "command": f"repurpose-opt demo --budget {budget:g} --seeds {seeds} --seed {seed}",
+        "command": f"repurpose-opt demo --budget {budget:g} --codes-budget {codes_budget:g} --seeds {seeds} "
+        f"--seed {seed}",
         "test_groups": TEST_GROUPS,
         "fine_tuning_steps": FINE_TUNING.steps,
         "cores": os.cpu_count(),
@@ -153,12 +168,17 @@ def _write_report(
 ) -> None:
     from repurpose_opt.demo.plots import draw_curve, draw_matrices, draw_traffic
 
-    draw_matrices(outcomes[0].plan, outcomes[0].dense, directory / "matrices.png")
-    draw_curve(outcomes[0].rows, [outcome.curve for outcome in outcomes], directory / "curve.png")
-    draw_traffic(outcomes[0], directory / "traffic.png")
+    first = outcomes[0]
+    for name, suffix in (("ours", ""), ("ours_codes", "-codes")):
+        draw_matrices(first.ours[name].plan, first.dense, name, directory / f"matrices{suffix}.png")
+        draw_traffic(first.ours[name].plan, directory / f"traffic{suffix}.png")
+    draw_curve(first.rows, [outcome.ours for outcome in outcomes], directory / "curve.png")
     (directory / "results.json").write_text(json.dumps({"rows": result, "run": facts}, indent=2) + "\n")
-    curve = sorted(point for outcome in outcomes for point in outcome.curve)
-    points = "\n".join(f"| {100 * fraction:.2f} | {100 * hit:.2f} |" for fraction, hit in curve)
+    points = "\n".join(
+        f"| {name} | {100 * fraction:.2f} | {100 * hit:.2f} |"
+        for name in first.ours
+        for fraction, hit in sorted(point for outcome in outcomes for point in outcome.ours[name].curve)
+    )
     (directory / "report.md").write_text(
         f"""# Six sensors, one digit, six workers
 
@@ -169,21 +189,29 @@ deviations over {len(outcomes)} seed(s).
 
 {as_table(result)}
 
-{_check_line(result["ours"])}
+{_check_lines(result)}
 
 The task is nearly separable: each sensor alone knows a good part of the answer, so `late_fusion` with fine-tuning
 comes close to dense too.
 
 ![Accuracy against volume](curve.png)
 
+Chosen values: weight matrices before and after, and what the workers send each other.
+
 ![Weight matrices before and after](matrices.png)
 
 ![Traffic between workers](traffic.png)
 
-Ours over prices, before fine-tuning:
+Codes: the same; a block that a code covers is of low rank instead of sparse.
 
-| of direct, % | accuracy, % |
-|---|---|
+![Weight matrices before and after, with codes](matrices-codes.png)
+
+![Traffic between workers, with codes](traffic-codes.png)
+
+Over prices, before fine-tuning:
+
+| | of direct, % | accuracy, % |
+|---|---|---|
 {points}
 
 Made by `{facts["command"]}` on {facts["cores"]} cores, Python {facts["python"]}, {_versions(facts)}.

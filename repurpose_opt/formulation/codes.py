@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,17 +11,18 @@ from numpy.typing import NDArray
 
 from repurpose_opt.exchange import Code, Exchange, Message, Values
 from repurpose_opt.metrics import priced_volume, weighted_error
-from repurpose_opt.problem import LayerProblem
-from repurpose_opt.receiver import Spectrum, receivers
+from repurpose_opt.problem import LayerProblem, dense
+from repurpose_opt.receiver import Receiver, Spectrum, receivers, spectrum_of
 
 if TYPE_CHECKING:
     from repurpose_opt.formulation.volume import Volume
 
 MESSAGES = ("values", "codes", "mixed")
-Pair = tuple[int, int]
-"""(source worker, target worker)"""
-Counts = Mapping[Pair, int]
-"""Numbers of each pair."""
+Link = tuple[int, ...]
+"""(source worker, target worker); on broadcast links (source, target, target …), which get the same."""
+Pair = Link
+Counts = Mapping[Link, int]
+"""Numbers of each link."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,9 @@ def cost_of_numbers(problem: LayerProblem, formulation: Volume, owner: NDArray[n
 
 
 def _size(problem: LayerProblem, formulation: Volume) -> NDArray[np.float64]:
-    size = np.ones((problem.P, problem.P)) if formulation.has_budget else problem.link_price
-    return size * problem.number_bytes[:, None]
+    price = np.broadcast_to(problem.link_price.max(axis=1)[:, None], (problem.P, problem.P))
+    price = price if problem.broadcast else problem.link_price
+    return (np.ones_like(price) if formulation.has_budget else price) * problem.number_bytes[:, None]
 
 
 def macs_of_numbers(problem: LayerProblem, owner: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -56,18 +58,22 @@ def macs_of_numbers(problem: LayerProblem, owner: NDArray[np.int64]) -> NDArray[
 def select_codes(
     problem: LayerProblem, formulation: Volume, owner: NDArray[np.int64], out_of_time: Callable[[], bool]
 ) -> Exchange:
-    """For each pair by itself the best code beside what the receiver holds: truncated singular value decompositions.
+    """For each link by itself the best code beside what its ends hold: truncated singular value decompositions.
 
-    The best there is where the sources of a receiver are uncorrelated beside its own values (Eckart–Young).
+    The best there is where the sources of a receiver are uncorrelated beside its own values (Eckart–Young). A link
+    that sends all of its numbers sends the row space of W̃_kp if that is no more: if all links do, nothing is lost.
     """
-    spectra = {
-        (p, receiver.worker): receiver.spectrum(p)
-        for receiver in receivers(formulation.judged(problem), owner)
-        for p in receiver.values
-    }
+    found = receivers(formulation.judged(problem), owner)
+    spectra = {(p, *(end.worker for end in ends)): spectrum_at(ends, p) for p, ends in links_of(problem, found)}
 
     def exchange(counts: Counts) -> Exchange:
-        return exchange_of(problem, {pair: spectra[pair].encoder(count) for pair, count in counts.items() if count})
+        encoders = {}
+        for link, count in counts.items():
+            encoders[link] = spectra[link].encoder(count)
+            if 0 < count == len(spectra[link].gains):
+                whole = _row_space(problem, owner, link)
+                encoders[link] = whole if len(whole) <= count else encoders[link]
+        return exchange_of(problem, encoders)
 
     ranking = _Ranking.of(spectra, cost_of_numbers(problem, formulation, owner))
     if formulation.max_nmse is None:
@@ -80,40 +86,80 @@ def select_codes(
     return exchange(ranking.first(high))
 
 
-def exchange_of(problem: LayerProblem, encoders: Mapping[Pair, NDArray[np.float64]]) -> Exchange:
+def links_of(problem: LayerProblem, found: Sequence[Receiver]) -> Iterator[tuple[int, tuple[Receiver, ...]]]:
+    """(source, receivers that get the same): each pair of workers by itself, or on broadcast links all receivers."""
+    if not problem.broadcast:
+        yield from ((p, (receiver,)) for receiver in found for p in receiver.values)
+        return
+    for p in np.unique(problem.input_owner).tolist():
+        ends = tuple(receiver for receiver in found if p in receiver.values)
+        if ends:
+            yield p, ends
+
+
+def spectrum_at(ends: Sequence[Receiver], p: int) -> Spectrum:
+    """What numbers from worker p are worth to all ends of a link, their rows stacked, beside their own values."""
+    if len(ends) == 1:
+        return ends[0].spectrum(p)
+    return stacked([(end.residual[:, end.columns[p].ravel()], end.variances[p]) for end in ends], ends)
+
+
+def stacked(parts: Sequence[tuple[NDArray[np.float64], NDArray[np.float64]]], ends: Sequence[Receiver]) -> Spectrum:
+    """The spectrum of B (rows, n_p·b) of all ends together, with the mean of their K.
+
+    Exact where what the ends know says the same of the source, for instance nothing.
+    """
+    residual = np.vstack([residual for residual, _ in parts])
+    variance = np.mean([variance for _, variance in parts], axis=0)
+    return spectrum_of(residual, variance, ends[0].width, sum(end.energy for end in ends))
+
+
+def _row_space(problem: LayerProblem, owner: NDArray[np.int64], link: Link) -> NDArray[np.float64]:
+    """The row space of W̃_kp over the rows that count at all targets of a link, (rank, n_p): what loses nothing."""
+    assert problem.value_columns is not None
+    rows = np.flatnonzero(np.isin(owner[problem.row_neuron], link[1:]) & (problem.output_weight > 0))
+    columns = problem.value_columns[problem.input_owner == link[0]]
+    block = np.asarray(dense(problem.target_weight[rows])[:, columns], dtype=np.float64).swapaxes(1, 2)
+    _, values, right = np.linalg.svd(block.reshape(-1, len(columns)), full_matrices=False)
+    return right[values > len(columns) * np.finfo(problem.weight.dtype).eps * values.max(initial=0.0)]
+
+
+def exchange_of(problem: LayerProblem, encoders: Mapping[Link, NDArray[np.float64]]) -> Exchange:
     """The exchange of codes R (r, n_p) with linearly independent rows; as many numbers as values are the values."""
-    messages: dict[Pair, Message] = {}
-    for (source, target), encoder in encoders.items():
+    messages: dict[tuple[int, int], Message] = {}
+    for (source, *targets), encoder in encoders.items():
+        if len(encoder) == 0:
+            continue
         is_all = len(encoder) == encoder.shape[1]
-        held = np.flatnonzero(problem.input_owner == source)
-        messages[source, target] = Values(held) if is_all else Code.spanning(encoder)
+        message = Values(np.flatnonzero(problem.input_owner == source)) if is_all else Code.spanning(encoder)
+        messages |= {(source, target): message for target in targets}
     return Exchange(problem.n, problem.P, messages)
 
 
 @dataclass(frozen=True, eq=False)
 class _Ranking:
-    """The numbers of all pairs in the order in which a greedy takes them; those of a pair in theirs."""
+    """The numbers of all links in the order in which a greedy takes them; those of a link in theirs."""
 
-    pairs: list[Pair]
-    pair: NDArray[np.int64]
-    """(numbers,) position in `pairs`."""
+    links: list[Link]
+    link: NDArray[np.int64]
+    """(numbers,) position in `links`."""
     rate: NDArray[np.float64]
     """(numbers,) worth, less its work, per size: falling."""
     size: NDArray[np.float64]
     """(numbers,)"""
 
     @staticmethod
-    def of(spectra: Mapping[Pair, Spectrum], cost: Cost) -> _Ranking:
-        pairs = list(spectra)
-        pair = np.repeat(np.arange(len(pairs)), [len(spectra[p].gains) for p in pairs])
-        gains = np.concatenate([spectra[p].gains for p in pairs] or [np.empty(0)])
-        index = tuple(np.array(pairs, dtype=np.int64).reshape(-1, 2)[pair].T)
+    def of(spectra: Mapping[Link, Spectrum], cost: Cost) -> _Ranking:
+        links = list(spectra)
+        link = np.repeat(np.arange(len(links)), [len(spectra[key].gains) for key in links])
+        gains = np.concatenate([spectra[key].gains for key in links] or [np.empty(0)])
+        index = tuple(np.array([key[:2] for key in links], dtype=np.int64).reshape(-1, 2)[link].T)
         size, gains = cost.size[index], gains - cost.work[index]
         worth = gains > 0
         with np.errstate(divide="ignore"):
             rate = gains[worth] / size[worth]
         order = np.argsort(-rate, kind="stable")
-        return _Ranking(pairs, pair[worth][order], rate[order], size[worth][order])
+        return _Ranking(links, link[worth][order], rate[order], size[worth][order])
 
     def within(self, formulation: Volume, problem: LayerProblem) -> Counts:
         """What a price or a budget allows."""
@@ -132,7 +178,7 @@ class _Ranking:
         return self._counts(np.arange(len(self.rate)) < count)
 
     def _counts(self, taken: NDArray[np.bool_]) -> Counts:
-        return dict(zip(self.pairs, np.bincount(self.pair[taken], minlength=len(self.pairs)).tolist(), strict=True))
+        return dict(zip(self.links, np.bincount(self.link[taken], minlength=len(self.links)).tolist(), strict=True))
 
 
 def codes_are_exact(problem: LayerProblem, formulation: Volume) -> bool:
@@ -160,16 +206,15 @@ def least_of_uncorrelated(
         return communication
     nothing = Exchange.nothing(problem.n, problem.P)
     error = weighted_error(problem, owner, formulation.repair(problem, owner, nothing))
-    for receiver in receivers(problem, owner):
-        for p in receiver.values:
-            message = exchange.messages.get((p, receiver.worker))
-            error -= 0.0 if message is None else float(receiver.spectrum(p).gains[: message.size].sum())
+    for p, ends in links_of(problem, receivers(problem, owner)):
+        message = exchange.messages.get((p, ends[0].worker))
+        error -= 0.0 if message is None else float(spectrum_at(ends, p).gains[: message.size].sum())
     return error + (formulation.transfer_price or 0.0) * communication
 
 
 def sources_are_uncorrelated(problem: LayerProblem) -> bool:
     """Whether values of different workers are, or there are no two workers that could send to a third."""
-    if problem.moments.is_diagonal or problem.P == 2:
+    if problem.moments.is_diagonal or problem.P <= 2:
         return True
     between = problem.column_home[:, None] != problem.column_home
     return not problem.moments.second[between].any()

@@ -52,7 +52,8 @@ class Lossless(Formulation):
         return self.messages == "codes"
 
     def supports(self, problem: LayerProblem) -> str | None:
-        return metrics.codes_unsupported(problem) if self.sends_codes else None
+        reason = super().supports(problem)
+        return metrics.codes_unsupported(problem) if reason is None and self.sends_codes else reason
 
     def objective(self, problem: LayerProblem, owner: NDArray[np.int64], exchange: Exchange, weight: Weight) -> float:
         return metrics.priced_communication(problem, exchange, self.communication)
@@ -101,17 +102,22 @@ class Lossless(Formulation):
     def hypergraph(self, problem: LayerProblem, owner: NDArray[np.int64] | None = None) -> Hypergraph | None:
         if self.sends_codes:
             return None
-        return Hypergraph(
-            incidence(problem),
-            problem.transfer_price,
-            keeps_all=True,
-            is_exact=True,
-            communication=self.communication,
-            input_owner=problem.input_owner,
-        )
+        return nets(problem, self.communication)
 
     def selection_is_exact(self, problem: LayerProblem) -> bool:
         return not self.sends_codes or support_is_everything(problem)
+
+
+def nets(problem: LayerProblem, communication: str = "total") -> Hypergraph:
+    """Sending values with nothing pruned: a net for each value, a pin for each neuron that reads it."""
+    return Hypergraph(
+        incidence(problem),
+        problem.transfer_price,
+        keeps_all=True,
+        is_exact=True,
+        communication=communication,
+        input_owner=problem.input_owner,
+    )
 
 
 def incidence(problem: LayerProblem) -> sparse.csr_array:

@@ -29,7 +29,7 @@ class Formulation(Protocol):
 
     def supports(self, problem: LayerProblem) -> str | None:
         """Why the formulation has no meaning for a problem, or None."""
-        return None
+        return "on broadcast links only Volume with codes is served" if problem.broadcast else None
 
     @property
     def assignment_is_exact(self) -> bool:

@@ -85,7 +85,11 @@ class Volume(Formulation):
         return self.messages != "values"
 
     def supports(self, problem: LayerProblem) -> str | None:
-        return metrics.codes_unsupported(problem) if self.sends_codes else None
+        if not self.sends_codes:
+            return super().supports(problem)
+        if problem.broadcast and self.mac_price > 0:
+            return "a mac_price is not served on broadcast links"
+        return metrics.codes_unsupported(problem)
 
     def judged(self, problem: LayerProblem) -> LayerProblem:
         """The problem with the weights g by which errors count: max_nmse is a limit on the NMSE, which has none."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,10 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from repurpose_opt.exchange import Exchange
+from repurpose_opt.exchange import Code, Exchange
+from repurpose_opt.network.calibrate import outputs_of
+from repurpose_opt.network.planned import planned
 from repurpose_opt.network.sweep import Placement
 from repurpose_opt.network.trace import Chain
-from repurpose_opt.runtime.plan import Plan, PlannedLayer
+from repurpose_opt.runtime.layer import PlannedLayer
+from repurpose_opt.runtime.plan import Plan
 
 Transfers = Callable[[int, NDArray[np.bool_]], NDArray[np.bool_]]
 """(layer index, (n, P) what every worker with neurons lacks) → (n, P) what is sent."""
@@ -25,6 +28,7 @@ Transfers = Callable[[int, NDArray[np.bool_]], NDArray[np.bool_]]
 class Cost:
     """What running a network once costs.
 
+    `values_per_sample` counts the numbers sent: values, and linear combinations of them.
     `busiest_macs` is the multiply-accumulates of the busiest worker relative to 1/P of the dense network's.
     """
 
@@ -38,8 +42,8 @@ class Cost:
 
 def cost_of(plan: Plan) -> Cost:
     """The cost of a plan."""
-    sent = sum(len(message.values) for layer in plan.layers for message in layer.exchange.messages.values())
-    messages = sum(len(layer.exchange.messages) for layer in plan.layers)
+    sent = sum(message.size for layer in plan.layers for message in layer.messages.values())
+    messages = sum(len(layer.messages) for layer in plan.layers)
     macs = plan.worker_macs().max() / (_dense_macs(plan.layers) / plan.n_workers)
     return Cost(sent, plan.volume, plan.volume / plan.direct_volume, messages, plan.busiest, float(macs))
 
@@ -89,6 +93,37 @@ def late_fusion_plan(chain: Chain, placement: Placement) -> Plan:
     return contiguous_plan(chain, placement, lambda index, lacking: lacking & (index == last))
 
 
+@torch.no_grad()
+def filled_late_fusion_plan(
+    chain: Chain, placement: Placement, inputs: torch.Tensor, loss_weights: list[NDArray[np.float64]], numbers: int
+) -> Plan:
+    """Late fusion at a given volume: each worker's part of the answer, summed, and values between hidden layers.
+
+    The parts are partial sums where these are fewer than the values. Up to `numbers` a sample in all, the values of
+    most energy var(x_j) Σ g_i w_ij² (i on the receiving worker) are sent as well. `inputs` is (samples, n).
+    """
+    direct, last = direct_plan(chain, placement), len(chain.linears) - 1
+    values, gains = inputs, []
+    for index, layer in enumerate(direct.layers[:-1]):
+        linear = chain.linear(index)
+        row_energy = linear.weight.double().square().numpy() * loss_weights[index][:, None]
+        gain = row_energy.T @ np.eye(placement.n_workers)[layer.owner] * values.double().var(0).numpy()[:, None]
+        gains.append(np.where(layer.chosen_values, gain, -np.inf))
+        values = chain.after(index, outputs_of(linear.weight, linear.bias, values))
+
+    def filled(least: float) -> Plan:
+        def choose(index: int, lacking: NDArray[np.bool_]) -> NDArray[np.bool_]:
+            return lacking & (index == last or gains[index] >= least)
+
+        return contiguous_plan(chain, placement, choose, sums=(last,))
+
+    left = numbers - cost_of(filled(np.inf)).values_per_sample
+    if left < 1 or not gains:
+        return filled(np.inf)
+    ranked = np.sort(np.concatenate([gain.ravel() for gain in gains]))[::-1]
+    return filled(float(ranked[min(left, len(ranked)) - 1]))
+
+
 def sparse_plan(chain: Chain, placement: Placement, kept: list[int]) -> Plan:
     """Magnitude pruning to `kept` weights in each layer, owners as they stand, sent what the weights read."""
     weights = []
@@ -100,38 +135,54 @@ def sparse_plan(chain: Chain, placement: Placement, kept: list[int]) -> Plan:
     return contiguous_plan(chain, placement, lambda index, lacking: lacking, weights)
 
 
+@torch.no_grad()
 def contiguous_plan(
-    chain: Chain, placement: Placement, choose: Transfers, weights: list[torch.Tensor] | None = None
+    chain: Chain,
+    placement: Placement,
+    choose: Transfers,
+    weights: list[torch.Tensor] | None = None,
+    sums: Collection[int] = (),
 ) -> Plan:
-    """Owners in the neurons' order, the original weights (or `weights`) wherever their values are held or sent."""
+    """Owners in the neurons' order, the original weights (or `weights`) wherever their values are held or sent.
+
+    In the layers `sums`, partial sums are sent in place of all values of a worker wherever they are fewer.
+    """
     P = placement.n_workers
     modules = OrderedDict((str(i), copy.deepcopy(module)) for i, module in enumerate(chain.model))
     input_owner = placement.input_owner
-    layers, direct = [], 0
+    layers: list[PlannedLayer] = []
+    direct = 0
     for index, position in enumerate(chain.linears):
         linear = chain.linear(index)
-        weight = linear.weight.detach() if weights is None else weights[index]
+        weight = (linear.weight if weights is None else weights[index]).numpy()
         capacity = placement.capacity(linear.out_features, index + 1 == len(chain.linears))
         owner = np.searchsorted(np.cumsum(capacity), np.arange(linear.out_features), side="right")
         remote = input_owner[:, None] != np.arange(P)
         direct += int(remote[:, capacity > 0].sum()) * linear.weight.element_size()
-        reads = (weight != 0).numpy().T @ np.eye(P, dtype=bool)[owner]
-        sent = choose(index, remote & reads)
+        sent = choose(index, remote & ((weight != 0).T @ np.eye(P, dtype=bool)[owner]))
+        weight = weight * (sent | ~remote).T[owner]
         exchange = Exchange.of_transfers(sent, input_owner)
-        modules[str(position)] = _restricted(linear, weight, owner, sent | ~remote)
-        layers.append(PlannedLayer(str(position), input_owner, owner, exchange, linear.weight.element_size()))
+        if index in sums:
+            exchange = _with_sums(exchange, input_owner, owner, weight)
+        bias = torch.zeros(linear.out_features) if linear.bias is None else linear.bias
+        name = str(position)
+        modules[name], layer = planned(name, input_owner, owner, exchange, weight, bias.numpy())
+        layers.append(layer)
         input_owner = owner
     model = nn.Sequential(modules).eval().requires_grad_(False)
     return Plan(model, tuple(layers), P, direct, {})
 
 
-@torch.no_grad()
-def _restricted(linear: nn.Linear, weight: torch.Tensor, owner: NDArray[np.int64], has: NDArray[np.bool_]) -> nn.Linear:
-    shape = (linear.in_features, linear.out_features)
-    restricted = nn.utils.skip_init(nn.Linear, *shape, dtype=weight.dtype)  # draws no random numbers
-    restricted.weight.copy_(weight * torch.from_numpy(has.T[owner]))
-    restricted.bias.copy_(torch.zeros(linear.out_features) if linear.bias is None else linear.bias)
-    return restricted
+def _with_sums(
+    exchange: Exchange, input_owner: NDArray[np.int64], owner: NDArray[np.int64], weight: NDArray[np.floating]
+) -> Exchange:
+    """The same exchange, but with partial sums W_kp x_p where all values of worker p are sent and are more."""
+    messages = dict(exchange.messages)
+    for source, target in exchange.messages:
+        held, rows = np.flatnonzero(input_owner == source), np.flatnonzero(owner == target)
+        if messages[source, target].size == len(held) > len(rows):
+            messages[source, target] = Code.spanning(weight[np.ix_(rows, held)])
+    return Exchange(exchange.n, exchange.P, messages)
 
 
 def _cost_of_numbers(direct: Plan, traffic: list[NDArray[np.int64]], busiest_macs: float) -> Cost:

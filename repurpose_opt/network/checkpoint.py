@@ -6,13 +6,15 @@ import json
 import os
 import zipfile
 import zlib
-from dataclasses import fields
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from repurpose_opt.errors import InvalidArgument
+from repurpose_opt.exchange import Code, Exchange, Message, Values
 
 if TYPE_CHECKING:
     from repurpose_opt.network.sweep import SolvedLayer
@@ -38,14 +40,12 @@ class Checkpoint:
 
     def read(self, key: str) -> SolvedLayer | None:
         """The layer finished under this key, or None. Raises InvalidArgument where its file is damaged."""
-        from repurpose_opt.network.sweep import SolvedLayer
-
         if self.directory is None or not (self.directory / f"{key}.npz").exists():
             return None
         path = self.directory / f"{key}.npz"
         try:
             with np.load(path, allow_pickle=False) as stored:
-                return SolvedLayer(**{field.name: stored[field.name] for field in fields(SolvedLayer)})
+                return _layer_of(stored)
         except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error):
             allowed = "whole files; delete this one and its layer is solved again"
             raise InvalidArgument("checkpoint_dir", f"a damaged {path}", allowed) from None
@@ -54,9 +54,34 @@ class Checkpoint:
         """Keep a finished layer, whole or not at all; returns it."""
         if self.directory is not None:
             temporary = self.directory / f"{key}.part.npz"
-            np.savez(temporary, **vars(layer))
+            np.savez(temporary, **_arrays_of(layer))  # type: ignore[arg-type]
             os.replace(temporary, self.directory / f"{key}.npz")
         return layer
+
+
+def _arrays_of(layer: SolvedLayer) -> dict[str, NDArray[Any]]:
+    """Flat arrays: a message from worker p to worker k is `values-p-k`, or the encoder `code-p-k`."""
+    arrays = {"owner": layer.owner, "weight": layer.weight, "bias": layer.bias, "P": np.array(layer.exchange.P)}
+    for (source, target), message in layer.exchange.messages.items():
+        if isinstance(message, Code):
+            arrays[f"code-{source}-{target}"] = message.encoder
+        else:
+            arrays[f"values-{source}-{target}"] = message.values
+    return arrays
+
+
+def _layer_of(arrays: Mapping[str, NDArray[Any]]) -> SolvedLayer:
+    """Raises ValueError or KeyError where the arrays are not those of a layer."""
+    from repurpose_opt.network.sweep import SolvedLayer
+
+    messages: dict[tuple[int, int], Message] = {}
+    for key in arrays:
+        kind, *pair = key.split("-")
+        if pair:
+            source, target = map(int, pair)
+            messages[source, target] = {"values": Values, "code": Code}[kind](arrays[key])
+    n = arrays["weight"].shape[1]
+    return SolvedLayer(arrays["owner"], Exchange(n, int(arrays["P"]), messages), arrays["weight"], arrays["bias"])
 
 
 def _write_whole(path: Path, content: bytes) -> None:

@@ -53,13 +53,13 @@ def fine_tune(
     loss: str = "cross_entropy",
     seed: int = 0,
 ) -> None:
-    """Train `model` in place on `settings.steps` batches; weights that are zero stay zero.
+    """Train `model` in place on `settings.steps` batches; weights, encoders and decoders that are zero stay zero.
 
     `teacher` is the original model, needed for distillation. `loss` is "cross_entropy" or "squared_error"; `seed` is
     for Dropout. The model ends in evaluation mode.
     """
-    weights = [linear.weight for linear in model if isinstance(linear, nn.Linear)]
-    masks = [(weight, weight != 0) for weight in weights if not weight.all()]
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
+    masks = [(matrix, matrix != 0) for matrix in matrices if not matrix.all()]
     parameters = [parameter.requires_grad_() for parameter in model.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(

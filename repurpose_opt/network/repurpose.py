@@ -7,6 +7,7 @@ import hashlib
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,17 @@ from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
 from repurpose_opt.errors import InvalidArgument, NoSolution
-from repurpose_opt.exchange import Exchange
 from repurpose_opt.formulation import Formulation, Volume
 from repurpose_opt.network.calibrate import check_loss, checked_labels, gather, loss_weights
 from repurpose_opt.network.checkpoint import Checkpoint
 from repurpose_opt.network.finetune import FineTuning, batches_of, fine_tune
+from repurpose_opt.network.planned import planned
 from repurpose_opt.network.search import largest_within
 from repurpose_opt.network.sweep import Placement, Sweep, Trial
 from repurpose_opt.network.trace import Chain, trace
 from repurpose_opt.problem import checked_numbers
 from repurpose_opt.progress import progress
-from repurpose_opt.runtime.plan import Plan, PlannedLayer
+from repurpose_opt.runtime.plan import Plan
 from repurpose_opt.solver import SolveOptions
 
 
@@ -113,44 +114,46 @@ def repurpose(
 def best_trial(sweep: Sweep, formulation: Formulation) -> Trial:
     """The trial that meets the formulation over the whole network, by one price for all layers.
 
+    Whatever else the formulation says, such as what messages may be, holds for every layer as it is.
+
     Raises NoSolution where no price reaches `max_nmse`.
     """
     if not isinstance(formulation, Volume) or formulation.transfer_price is not None:
         return sweep.run(formulation)
 
+    unlimited = replace(formulation, transfer_price=0.0, budget=None, budget_bytes=None, max_nmse=None)
+
     def at_price(price: float) -> Trial:
-        return sweep.run(Volume(transfer_price=price))
+        return sweep.run(replace(unlimited, transfer_price=price))
+
+    def nothing_sent() -> Trial:
+        return sweep.run(replace(unlimited, transfer_price=None, budget_bytes=0))
 
     first = _first_price(sweep)
     if formulation.max_nmse is not None:
         return _least_volume(sweep, at_price, first, formulation.max_nmse)
     if formulation.budget == 0 or formulation.budget_bytes == 0:
-        return sweep.run(Volume(budget_bytes=0))
+        return nothing_sent()
     if formulation.budget == 1 or (formulation.budget_bytes or 0) >= sweep.most_volume:
         return at_price(0.0)
     trial = largest_within(at_price, lambda trial: _used(trial, formulation), first, -1)
     # No price keeps values off a link that costs nothing; a budget counts their bytes all the same.
-    return trial if _used(trial, formulation) <= 1 else sweep.run(Volume(budget_bytes=0))
+    return trial if _used(trial, formulation) <= 1 else nothing_sent()
 
 
 def plan_of(chain: Chain, trial: Trial, placement: Placement, stats: dict[str, Any]) -> Plan:
     """The plan that a trial amounts to: a copy of the model with its weights, owners and exchanges."""
     # Copies, since fine-tuning switches their mode while the chain is the teacher.
     modules = OrderedDict((str(i), copy.deepcopy(module)) for i, module in enumerate(chain.model))
-    planned = []
+    layers = []
     input_owner = placement.input_owner
     for position, solved in zip(chain.linears, trial.layers, strict=True):
-        m, n = solved.weight.shape
-        # Without initialisation, which would draw from the caller's random numbers.
-        modules[str(position)] = linear = nn.utils.skip_init(nn.Linear, n, m, dtype=chain.dtype)
-        with torch.no_grad():
-            linear.weight.copy_(torch.from_numpy(solved.weight))
-            linear.bias.copy_(torch.from_numpy(solved.bias))
-        exchange = Exchange.of_transfers(solved.transfers, input_owner)
-        planned.append(PlannedLayer(str(position), input_owner, solved.owner, exchange, linear.weight.element_size()))
+        name, messages = str(position), solved.exchange
+        modules[name], layer = planned(name, input_owner, solved.owner, messages, solved.weight, solved.bias)
+        layers.append(layer)
         input_owner = solved.owner
     model = nn.Sequential(modules).eval().requires_grad_(False)
-    return Plan(model, tuple(planned), placement.n_workers, trial.direct_volume, stats)
+    return Plan(model, tuple(layers), placement.n_workers, trial.direct_volume, stats)
 
 
 def curve(trials: Sequence[Trial]) -> list[dict[str, float]]:
@@ -274,10 +277,7 @@ def _check_memory(plan: Plan, memory_limit: float | None) -> None:
     if memory_limit is None:
         return
     for worker in range(plan.n_workers):
-        parts = plan.sub_model(worker)
-        used = sum(part.weight.nbytes for part in parts) + sum(
-            part.bias.nbytes for part in parts if part.bias is not None
-        )
+        used = sum(part.nbytes for part in plan.sub_model(worker))
         if used > memory_limit:
             allowed = f"at least {used}, which worker {worker} needs"
             raise InvalidArgument("memory_limit", f"{memory_limit:g} bytes", allowed)

@@ -25,10 +25,13 @@ from repurpose_opt.solver import SolveOptions
 
 @dataclass(frozen=True, eq=False)
 class SolvedLayer:
-    """One layer of a sweep: owners (m,), transfers (n, P), weights V (m, n) and bias (m,) in the model's dtype."""
+    """One layer of a sweep: owners (m,), messages, weights V (m, n) and bias (m,) in the model's dtype.
+
+    V is the effective weight, U R in blocks that a code covers.
+    """
 
     owner: NDArray[np.int64]
-    transfers: NDArray[np.bool_]
+    exchange: Exchange
     weight: NDArray[np.floating]
     bias: NDArray[np.floating]
 
@@ -96,7 +99,10 @@ class Sweep:
 
     @property
     def most_volume(self) -> int:
-        """Bytes a sample that no trial can exceed: every value goes to every worker that may need it."""
+        """Bytes a sample that no trial can exceed: every value goes to every worker that may need it.
+
+        Nor can codes, of which none has more numbers than the values that it combines.
+        """
         others = [self.placement.n_workers - 1] * len(self.chain.linears)
         others[-1] = min(others[-1], len(self.placement.output_owner))
         linears = [self.chain.linear(index) for index in range(len(others))]
@@ -120,8 +126,7 @@ class Sweep:
             key = f"trial-{len(self.trials)}-layer-{index}"
             solved = self.checkpoint.read(key) or self.checkpoint.write(key, self._solve(index, problem, formulation))
             layers.append(solved)
-            exchange = Exchange.of_transfers(solved.transfers, input_owner)
-            volume += metrics.volume(problem, exchange)
+            volume += metrics.volume(problem, solved.exchange)
             direct += problem.direct_volume
             self.owners[index] = input_owner = solved.owner
             original = outputs_of(linear.weight, linear.bias, original)
@@ -165,11 +170,12 @@ class Sweep:
             start=self.owners.get(index),
         ).require()
         assert solution.owner is not None
+        assert solution.exchange is not None
         assert solution.weight is not None
         assert solution.bias is not None
         return SolvedLayer(
             solution.owner,
-            solution.transfers,
+            solution.exchange,
             solution.weight,
             solution.bias.astype(problem.weight.dtype),
         )

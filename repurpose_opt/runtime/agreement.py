@@ -84,7 +84,7 @@ def _unmatched(workers: Sequence[Readiness]) -> str | None:
     source, layer, target = different[0]
     return (
         f"workers {source} and {target} disagree on layer number {layer}: {source} sends "
-        f"{sent[source, layer, target]} values, {target} expects {received[target, layer, source]}"
+        f"{sent[source, layer, target]} numbers, {target} expects {received[target, layer, source]}"
     )
 
 

@@ -6,30 +6,51 @@ Values are stored (values, samples), so that what goes to one worker is one cont
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from repurpose_opt.runtime.layer import PlannedLayer
+from repurpose_opt.runtime.layer import Indices, PlannedCode, PlannedLayer
 
 Send = Callable[[torch.Tensor, torch.Tensor, list[int], list[int]], None]
 """(received, sent, numbers received from each worker, numbers sent to each worker): fills `received`."""
 
 
+@dataclass(frozen=True, eq=False)
+class Encoder:
+    """Writes a run of the rows to be sent: values picked by an index, or linear combinations of all values held."""
+
+    rows: slice
+    encoder: torch.Tensor
+    """(rows,) places among the held values, or (rows, held)."""
+
+    def encode(self, values: torch.Tensor, buffer: torch.Tensor) -> None:
+        """Fill these rows of `buffer` (numbers sent, samples) from the values (held, samples)."""
+        part = buffer[self.rows]
+        if self.encoder.ndim == 1:
+            torch.index_select(values, 0, self.encoder, out=part)
+        else:
+            torch.mm(self.encoder, values, out=part)
+
+
 class ExchangeStep:
     """Sends what other workers need of the values held here and receives what is needed from them.
 
-    The encoder picks values by an index. Another one, such as linear combinations of the values held here, needs
-    another `encode` and other counts only: what it sends stands behind the held values as columns all the same.
+    What arrives, values or numbers of codes, stands behind the held values as columns: decoding is part of the
+    layer's own product. `encoder` is (numbers encoded here, values held), None where this worker encodes none.
     """
 
-    def __init__(self, layer: PlannedLayer, worker: int, batch_size: int, dtype: torch.dtype) -> None:
-        P = layer.exchange.P
+    def __init__(
+        self, layer: PlannedLayer, worker: int, batch_size: int, dtype: torch.dtype, encoder: torch.Tensor | None = None
+    ) -> None:
+        P = layer.n_workers
         held = layer.held(worker)
         messages = [layer.message(worker, target) for target in range(P)]
         self.name = layer.name
-        self.is_needed = bool(layer.exchange.messages)
+        self.is_needed = bool(layer.messages)
         """False where no worker sends anything: then none calls torch.distributed."""
         self.sent_counts = [len(message) for message in messages]
         self.received_counts = [len(layer.message(source, worker)) for source in range(P)]
@@ -38,7 +59,7 @@ class ExchangeStep:
         self.messages_sent = 0
         self._batch_size = batch_size
         self._held = len(held)
-        self._index = torch.from_numpy(np.searchsorted(held, np.concatenate(messages)))
+        self._encoders = _encoders(layer, worker, encoder)
         self._sent = torch.empty(sum(self.sent_counts) * batch_size, dtype=dtype)
         self._inputs = torch.empty((len(held) + sum(self.received_counts)) * batch_size, dtype=dtype)
 
@@ -58,7 +79,9 @@ class ExchangeStep:
     def encode(self, values: torch.Tensor) -> torch.Tensor:
         """(held, samples) → (numbers sent, samples), ordered by target worker."""
         buffer = _front(self._sent, values.shape[1], self._batch_size)
-        return torch.index_select(values, 0, self._index, out=buffer)
+        for encoder in self._encoders:
+            encoder.encode(values, buffer)
+        return buffer
 
     def decode(self, values: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
         """Put the held values before the received numbers, which arrived in their place in `inputs`."""
@@ -69,6 +92,29 @@ class ExchangeStep:
         for target, part in enumerate(buffer.split(self.sent_counts)):
             self.bytes_sent[target] += part.numel() * part.element_size()
             self.messages_sent += part.numel() > 0
+
+
+def _encoders(layer: PlannedLayer, worker: int, encoder: torch.Tensor | None) -> list[Encoder]:
+    """What fills the rows to be sent, in order; neighbouring targets that are sent the same kind are one."""
+    held, encoded = layer.held(worker), layer.encoded(worker)
+    targets = [target for target in range(layer.n_workers) if (worker, target) in layer.messages]
+    encoders, start = [], 0
+
+    def is_code(target: int) -> bool:
+        return isinstance(layer.messages[worker, target], PlannedCode)
+
+    for coded, group in groupby(targets, is_code):
+        members = list(group)
+        if coded:
+            numbers: Indices = np.concatenate([layer.code_numbers(worker, target) for target in members])
+            assert encoder is not None
+            chosen = encoder[torch.from_numpy(np.searchsorted(encoded, numbers))]
+        else:
+            values = np.concatenate([layer.message(worker, target) for target in members])
+            chosen = torch.from_numpy(np.searchsorted(held, values))
+        encoders.append(Encoder(slice(start, start + len(chosen)), chosen))
+        start += len(chosen)
+    return encoders
 
 
 def _front(flat: torch.Tensor, samples: int, batch_size: int) -> torch.Tensor:

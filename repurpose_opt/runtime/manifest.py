@@ -12,12 +12,14 @@ import numpy as np
 import torch
 
 from repurpose_opt.errors import InvalidArgument, PlanError
-from repurpose_opt.exchange import Exchange, Values
-from repurpose_opt.runtime.layer import Indices, PlannedLayer, check_layers
-from repurpose_opt.runtime.modules import check_spec
+from repurpose_opt.exchange import Values
+from repurpose_opt.runtime.layer import Indices, PlannedCode, PlannedLayer, PlannedMessage, check_layers
+from repurpose_opt.runtime.modules import LINEAR, check_spec
 
 FORMAT = "repurpose-opt plan"
-VERSION = 1
+VERSION = 2
+READABLE = (1, 2)
+"""Version 1 had no codes; otherwise it was the same."""
 DTYPES = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 WHOLE_SAMPLE = {"start_dim": 1, "end_dim": -1}
 
@@ -63,23 +65,24 @@ class Manifest:
 
 
 def parse_manifest(text: bytes) -> Manifest:
-    """Raises PlanError, without the name of the file, for anything but a manifest of this version."""
+    """Raises PlanError, without the name of the file, for anything but a manifest of a readable version."""
     try:
         document = json.loads(text)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise PlanError(f"not valid JSON ({error}): truncated or altered; copy or save the plan again") from None
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise PlanError(f"not the manifest of a plan, which has the format {FORMAT!r}")
-    if document.get("version") != VERSION:
-        version = document.get("version")
-        raise PlanError(f"format version {version}; this version of repurpose-opt reads version {VERSION}")
+    version = document.get("version")
+    if version not in READABLE:
+        known = " and ".join(map(str, READABLE))
+        raise PlanError(f"format version {version}; this version of repurpose-opt reads versions {known}")
     content = document.get("plan")
-    if not isinstance(content, dict) or _digest(content) != document.get("sha256"):
-        raise PlanError("altered: its content does not have the SHA-256 that it names; copy or save the plan again")
     try:
+        if not isinstance(content, dict) or _digest(content) != document.get("sha256"):
+            raise PlanError("altered: its content does not have the SHA-256 that it names; copy or save the plan again")
         return _manifest(content)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise PlanError(f"not a manifest of version {VERSION} ({type(error).__name__}: {error})") from None
+        raise PlanError(f"not a manifest of version {version} ({type(error).__name__}: {error})") from None
 
 
 def check_manifest(manifest: Manifest) -> None:
@@ -90,13 +93,13 @@ def check_manifest(manifest: Manifest) -> None:
     linears = {}
     for place, (name, spec) in enumerate(manifest.modules):
         check_spec(spec)
-        if spec["kind"] == "Linear":
+        if spec["kind"] in LINEAR:
             linears[name] = spec["arguments"]
         if spec["kind"] == "Flatten" and (place > 0 or spec["arguments"] != WHOLE_SAMPLE):
             raise InvalidArgument(f"module {name!r}", "Flatten", f"only as the first module, with {WHOLE_SAMPLE}")
     if list(linears) != [layer.name for layer in manifest.layers]:
         names = [layer.name for layer in manifest.layers]
-        raise InvalidArgument("layers", names, f"one for each Linear, in order: {list(linears)}")
+        raise InvalidArgument("layers", names, f"one for each linear module, in order: {list(linears)}")
     for layer in manifest.layers:
         linear = linears[layer.name]
         shape, planned = (
@@ -104,7 +107,10 @@ def check_manifest(manifest: Manifest) -> None:
             (len(layer.owner), len(layer.input_owner)),
         )
         if shape != planned:
-            raise InvalidArgument(f"layer {layer.name!r}: (m, n)", planned, f"the Linear's {shape}")
+            raise InvalidArgument(f"layer {layer.name!r}: (m, n)", planned, f"the module's {shape}")
+        if layer.numbers != linear.get("numbers", 0):
+            allowed = f"the module's {linear.get('numbers', 0)}"
+            raise InvalidArgument(f"layer {layer.name!r}: numbers of all codes", layer.numbers, allowed)
         if layer.value_bytes != DTYPES[manifest.dtype].itemsize:
             allowed = f"{DTYPES[manifest.dtype].itemsize}, the size of a {manifest.dtype}"
             raise InvalidArgument(f"layer {layer.name!r}: value_bytes", layer.value_bytes, allowed)
@@ -143,10 +149,14 @@ def _layer_content(layer: PlannedLayer) -> dict[str, Any]:
         "input_owner": layer.input_owner.tolist(),
         "owner": layer.owner.tolist(),
         "messages": [
-            {"source": int(source), "target": int(target), "values": message.values.tolist()}
-            for (source, target), message in sorted(layer.exchange.messages.items())
+            {"source": int(source), "target": int(target), **_message_content(message)}
+            for (source, target), message in sorted(layer.messages.items())
         ],
     }
+
+
+def _message_content(message: PlannedMessage) -> dict[str, Any]:
+    return {"values": message.values.tolist()} if isinstance(message, Values) else {"numbers": message.size}
 
 
 def _manifest(content: Mapping[str, Any]) -> Manifest:
@@ -170,19 +180,23 @@ def _manifest(content: Mapping[str, Any]) -> Manifest:
 
 
 def _layer(content: Mapping[str, Any], n_workers: int) -> PlannedLayer:
-    input_owner = _indices(content["input_owner"])
-    messages = {(int(entry["source"]), int(entry["target"])): entry["values"] for entry in content["messages"]}
+    messages = {(int(entry["source"]), int(entry["target"])): _message(entry) for entry in content["messages"]}
+    if len(messages) < len(content["messages"]):
+        raise ValueError("two messages for one pair of workers")
     return PlannedLayer(
         name=content["name"],
-        input_owner=input_owner,
+        input_owner=_indices(content["input_owner"]),
         owner=_indices(content["owner"]),
-        exchange=Exchange(
-            len(input_owner),
-            n_workers,
-            {pair: Values(_indices(values)) for pair, values in messages.items()},
-        ),
+        messages=messages,
+        n_workers=n_workers,
         value_bytes=int(content["value_bytes"]),
     )
+
+
+def _message(entry: Mapping[str, Any]) -> PlannedMessage:
+    if ("values" in entry) == ("numbers" in entry):
+        raise ValueError("a message without values or numbers, or with both")
+    return Values(_indices(entry["values"])) if "values" in entry else PlannedCode(entry["numbers"])
 
 
 def _indices(values: list[int]) -> Indices:

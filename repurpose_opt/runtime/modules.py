@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from repurpose_opt.errors import UnsupportedModule
+from repurpose_opt.runtime.coded import CodedLinear
 
 ELEMENTWISE: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
     "ReLU": (nn.ReLU, ()),
@@ -35,7 +36,11 @@ ELEMENTWISE: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
 _OTHERS: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
     "Flatten": (nn.Flatten, ("start_dim", "end_dim")),
     "Linear": (nn.Linear, ("in_features", "out_features", "bias")),
+    "CodedLinear": (CodedLinear, ("in_features", "out_features", "numbers")),
 }
+
+LINEAR = ("Linear", "CodedLinear")
+"""Kinds that are a layer of a plan, with messages of its own."""
 
 
 def to_spec(module: nn.Module) -> dict[str, Any]:
@@ -58,7 +63,7 @@ def to_spec(module: nn.Module) -> dict[str, Any]:
 
 
 def from_spec(spec: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The module of a spec, in eval mode; a Linear's weights are uninitialised memory of `dtype`.
+    """The module of a spec, in eval mode; weights are of `dtype`, those of a Linear uninitialised memory.
 
     Raises UnsupportedModule for a kind or arguments that are in no table.
     """
@@ -68,6 +73,8 @@ def from_spec(spec: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> nn
     if known is nn.Linear:
         # Initialising a weight would draw from the global random numbers of whoever loads the plan.
         return nn.utils.skip_init(nn.Linear, **arguments, dtype=dtype).eval()
+    if known is CodedLinear:
+        return CodedLinear(**arguments, dtype=dtype).eval()
     return known(**arguments).eval()
 
 

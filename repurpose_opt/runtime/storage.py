@@ -36,6 +36,11 @@ def bias_key(layer: PlannedLayer) -> str:
     return f"{layer.name}.bias"
 
 
+def encoder_key(layer: PlannedLayer) -> str:
+    """Name of a layer's (numbers, held values) encoders in the file of a worker; absent where it encodes none."""
+    return f"{layer.name}.encoder"
+
+
 def write_folder(directory: Path, manifest: Manifest, tensors: Sequence[Mapping[str, torch.Tensor]]) -> None:
     """Write a plan with the tensors of each worker; replaces a plan that is there.
 
@@ -76,7 +81,7 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def read_worker(directory: Path, manifest: Manifest, worker: int) -> Tensors:
-    """The tensors of one worker, by `weight_key` and `bias_key`.
+    """The tensors of one worker, by `weight_key`, `bias_key` and `encoder_key`.
 
     Raises PlanError, naming the file, where it is missing, truncated, altered or does not fit the manifest.
     """
@@ -111,14 +116,19 @@ def _check_tensors(path: Path, manifest: Manifest, worker: int, tensors: Tensors
     for layer in manifest.layers:
         rows = len(layer.rows(worker))
         shapes[weight_key(layer)] = (rows, len(layer.columns(worker)))
-        if specs[layer.name]["arguments"]["bias"]:
+        if specs[layer.name]["arguments"].get("bias", True):
             shapes[bias_key(layer)] = (rows,)
+        encoded = len(layer.encoded(worker))
+        if encoded:
+            shapes[encoder_key(layer)] = (encoded, len(layer.held(worker)))
     if tensors.keys() != shapes.keys():
         raise PlanError(f"{path}: tensors {sorted(tensors)}; the manifest says {sorted(shapes)}")
     for name, tensor in tensors.items():
         if tuple(tensor.shape) != shapes[name] or tensor.dtype != DTYPES[manifest.dtype]:
             got = f"{name} is {tuple(tensor.shape)} of {tensor.dtype}"
             raise PlanError(f"{path}: {got}; the manifest says {shapes[name]} of {DTYPES[manifest.dtype]}")
+        if not torch.isfinite(tensor).all():
+            raise PlanError(f"{path}: {name} has NaN or infinity in it; allowed: finite numbers")
 
 
 def _check_replaceable(directory: Path) -> None:

@@ -30,8 +30,8 @@ from repurpose_opt.runtime.exchange import ExchangeStep
 from repurpose_opt.runtime.inputs import check_finite, open_inputs, read_columns
 from repurpose_opt.runtime.layer import Indices
 from repurpose_opt.runtime.manifest import DTYPES, Manifest
-from repurpose_opt.runtime.modules import from_spec
-from repurpose_opt.runtime.storage import Tensors, bias_key, read_manifest, read_worker, weight_key
+from repurpose_opt.runtime.modules import LINEAR, from_spec
+from repurpose_opt.runtime.storage import Tensors, bias_key, encoder_key, read_manifest, read_worker, weight_key
 
 ERROR_PREFIX = "repurpose-opt worker: error: "
 
@@ -42,7 +42,7 @@ class Step:
 
     exchange: ExchangeStep
     weight: torch.Tensor
-    """(rows, columns)"""
+    """(rows, columns), decoders of received numbers included."""
     bias: torch.Tensor
     """(rows, 1)"""
     activation: nn.Sequential
@@ -151,7 +151,7 @@ def build_steps(
     dtype = DTYPES[manifest.dtype]
     activations = [nn.Sequential()]
     for _, spec in manifest.modules:
-        if spec["kind"] == "Linear":
+        if spec["kind"] in LINEAR:
             activations.append(nn.Sequential())
         elif spec["kind"] != "Flatten":  # open_inputs has flattened the samples
             activations[-1].append(from_spec(spec))
@@ -159,7 +159,7 @@ def build_steps(
     for layer, activation in zip(manifest.layers, activations[1:], strict=True):
         weight = tensors[weight_key(layer)]
         bias = tensors.get(bias_key(layer), torch.zeros(len(weight), dtype=dtype))
-        exchange = ExchangeStep(layer, rank, batch_size, dtype)
+        exchange = ExchangeStep(layer, rank, batch_size, dtype, tensors.get(encoder_key(layer)))
         steps.append(Step(exchange, weight, bias[:, None], activation.eval()))
     return activations[0].eval(), tuple(steps)
 

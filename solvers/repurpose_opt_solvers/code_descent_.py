@@ -6,7 +6,7 @@ the error; how many numbers each pair sends follows from the price, or is evened
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,16 +14,18 @@ from numpy.typing import NDArray
 
 from repurpose_opt.exchange import Exchange, Message, Values
 from repurpose_opt.formulation import Formulation, Volume
-from repurpose_opt.formulation.codes import Cost, Pair, cost_of_numbers, exchange_of
+from repurpose_opt.formulation.codes import Cost, Link, cost_of_numbers, exchange_of, links_of
 from repurpose_opt.problem import LayerProblem
 from repurpose_opt.receiver import receivers
 from repurpose_opt.solver import Candidate, Deadline, SolveOptions, Termination
 from repurpose_opt_solvers.chosen_values import best_values
-from repurpose_opt_solvers.received import Received, Sent
+from repurpose_opt_solvers.received import Line, Received, Sent
 
 MOST_SWEEPS = 40
 SMALLEST_FALL = 1e-4
 """A sweep over all pairs that lowers the objective by less than this share is the last."""
+MOST_MORE = 8
+"""Beyond twice what a pair sends now, so many numbers of it are looked at where numbers move between pairs."""
 RELUCTANCES = (1.0, 1.2, 2.0)
 """By how much the numbers that are sent count for more than those that are not, where numbers move between pairs."""
 
@@ -67,8 +69,8 @@ class CodeDescent:
         return Candidate(termination, owner, descent.exchange())
 
 
-Choose = Callable[[Received, int], Sent]
-"""What a source should send to a receiver, given what the others send to it."""
+Choose = Callable[[Line], Sent]
+"""What a worker should send on a line, given what the others send."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +84,7 @@ class _Descent:
     decoding: NDArray[np.float64]
     """(P,) what a chosen value costs at its receiver, in the units of the error."""
     received: list[Received]
+    lines: list[Line]
     deadline: Deadline
 
     @staticmethod
@@ -89,6 +92,7 @@ class _Descent:
         problem: LayerProblem, formulation: Volume, owner: NDArray[np.int64], start: Exchange, deadline: Deadline
     ) -> _Descent:
         found = receivers(formulation.judged(problem), owner)
+        received = {receiver.worker: Received.of(receiver, problem, start) for receiver in found}
         assert problem.value_columns is not None
         rows = np.bincount(owner[problem.row_neuron], minlength=problem.P) * problem.value_columns.shape[1]
         return _Descent(
@@ -97,82 +101,79 @@ class _Descent:
             owner,
             cost_of_numbers(problem, formulation, owner),
             formulation.mac_price * rows,
-            [Received.of(receiver, problem, start) for receiver in found],
+            list(received.values()),
+            [Line(p, tuple(received[end.worker] for end in ends)) for p, ends in links_of(problem, found)],
             deadline,
         )
 
     @property
     def objective(self) -> float:
         """Error, work and, where there is one, the price of what is sent; under max_nmse the error alone."""
-        price = self.formulation.transfer_price or 0.0
-        total = 0.0
-        for received in self.received:
-            total += received.error
-            for p, sent in received.sent.items():
-                work, size = self._of_number((p, received.receiver.worker), sent)
-                total += sent.size * (work + price * size)
-        return total
+        errors = sum(received.error for received in self.received)
+        return errors + sum(self._charge(line, line.sent) for line in self.lines)
 
     def exchange(self) -> Exchange:
-        codes, chosen = {}, {}
-        for pair, sent in self._pairs():
-            if sent.chosen is None:
-                codes[pair] = sent.encoder
+        codes: dict[Link, NDArray[np.float64]] = {}
+        chosen: dict[tuple[int, int], Message] = {}
+        for line in self.lines:
+            if line.sent.chosen is None:
+                codes[line.link] = line.sent.encoder
             else:
-                chosen[pair] = Values(np.flatnonzero(self.problem.input_owner == pair[0])[np.sort(sent.chosen)])
-        messages: dict[Pair, Message] = {**exchange_of(self.problem, codes).messages, **chosen}
-        return Exchange(self.problem.n, self.problem.P, messages)
+                held = np.flatnonzero(self.problem.input_owner == line.source)
+                chosen |= {(line.source, k): Values(held[np.sort(line.sent.chosen)]) for k in line.link[1:]}
+        return Exchange(self.problem.n, self.problem.P, {**exchange_of(self.problem, codes).messages, **chosen})
 
     def sweep(self, choose: Choose) -> None:
-        """Choose for one pair after the other, until a sweep over all brings next to nothing."""
+        """Choose for one line after the other, until a sweep over all brings next to nothing."""
         before = self.objective
         for _ in range(MOST_SWEEPS):
-            for received in self.received:
-                for p in received.receiver.values:
-                    if self.deadline.passed:
-                        return
-                    received.set(p, choose(received, p))
+            for line in self.lines:
+                if self.deadline.passed:
+                    return
+                sent = choose(line)
+                if len(line.ends) > 1:  # the best for all ends together is known exactly where they know the same
+                    sent = self._cheaper(line, (line.sent, sent))
+                line.set(sent)
             after = self.objective
             if before - after <= SMALLEST_FALL * abs(before):
                 return
             before = after
 
-    def as_many(self, received: Received, p: int) -> Sent:
+    def as_many(self, line: Line) -> Sent:
         """The best code of as many numbers as are sent."""
-        if p not in received.sent:
-            return _nothing(received, p)
-        return Sent(received.spectrum(p).encoder(received.sent[p].size))
+        return line.code(line.sent.size)
 
-    def at_price(self, received: Received, p: int) -> Sent:
+    def at_price(self, line: Line) -> Sent:
         """The numbers that are worth their price and their work."""
-        pair = (p, received.receiver.worker)
-        spectrum = received.spectrum(p)
+        spectrum = line.spectrum()
         assert self.formulation.transfer_price is not None
+        pair = line.link[:2]
         least = self.formulation.transfer_price * self.cost.size[pair] + self.cost.work[pair]
         return Sent(spectrum.encoder(int(np.count_nonzero(spectrum.gains > least))))
 
-    def cheaper_kind(self, received: Received, p: int) -> Sent:
+    def cheaper_kind(self, line: Line) -> Sent:
         """The code that is sent, or, where it costs less in all, chosen values: as many, or what a price allows."""
-        if p not in received.sent:
-            return _nothing(received, p)
-        before, worker = received.sent[p], received.receiver.worker
-        residual, variance = received.beside(p)
-        price, size = self.formulation.transfer_price, float(self.cost.size[p, worker])
-        least = self.decoding[worker] + (0.0 if price is None else price * size)
-        most = before.size if price is None else before.encoder.shape[1]
-        code = before if before.chosen is None else self._code(received, p)
-        values = best_values(residual, variance, received.receiver.width, most, 0.0 if price is None else least)
-        chosen = Sent.values(values, before.encoder.shape[1])
-        return min((code, chosen), key=lambda sent: self._objective_with(received, p, sent))
+        before, (received,) = line.sent, line.ends
+        if before.size == 0:
+            return before
+        price, (_, worker) = self.formulation.transfer_price, line.link
+        code, most, least = before, before.size, 0.0
+        if price is not None:
+            most = before.encoder.shape[1]
+            least = self.decoding[worker] + price * float(self.cost.size[line.source, worker])
+        if before.chosen is not None:
+            code = self.as_many(line) if price is None else self.at_price(line)
+        values = best_values(*received.beside(line.source), received.receiver.width, most, least)
+        return self._cheaper(line, (code, Sent.values(values, before.encoder.shape[1])))
 
     def move_numbers(self) -> None:
-        """Take numbers from pairs where they are worth little, give them to others, while the error falls."""
+        """Take numbers from lines where they are worth little, give them to others, while the error falls."""
         best = self.objective
         while not self.deadline.passed:
-            kept = dict(self._pairs())
+            kept = self._all_sent()
             for reluctance in RELUCTANCES:
                 counts = self._evened_out(reluctance)
-                if counts == {pair: sent.size for pair, sent in kept.items()}:
+                if counts == {link: sent.size for link, sent in kept.items() if sent.size}:
                     return
                 self._resize(counts)
                 self.sweep(self.as_many)
@@ -186,8 +187,8 @@ class _Descent:
     def drop_numbers(self) -> None:
         """Leave out the numbers that are worth least a byte, while the NMSE stays within its limit."""
         while not self.deadline.passed:
-            kept = dict(self._pairs())
-            ranked = [pair for _, pair in sorted((rate, pair) for rate, pair, is_sent in self._rates() if is_sent)]
+            kept = self._all_sent()
+            ranked = [link for _, link in sorted((rate, link) for rate, link, is_sent in self._rates() if is_sent)]
             low, high = 0, len(ranked) + 1
             while high - low > 1 and not self.deadline.passed:
                 middle = (low + high) // 2
@@ -197,73 +198,59 @@ class _Descent:
                 return
             self.sweep(self.as_many)
 
-    def _without(self, dropped: list[Pair], kept: dict[Pair, Sent]) -> bool:
-        """Leave out a number for each time that its pair is listed; whether the NMSE is within its limit then."""
+    def _without(self, dropped: list[Link], kept: dict[Link, Sent]) -> bool:
+        """Leave out a number for each time that its link is listed; whether the NMSE is within its limit then."""
         self._restore(kept)
-        self._resize({pair: sent.size - dropped.count(pair) for pair, sent in kept.items()})
+        self._resize({link: sent.size - dropped.count(link) for link, sent in kept.items()})
         return self.formulation.meets(self.problem, self.owner, self.exchange())
 
-    def _evened_out(self, reluctance: float) -> dict[Pair, int]:
-        """Numbers of each pair if the budget goes to what is worth most a byte, in favour of what is sent now."""
+    def _evened_out(self, reluctance: float) -> dict[Link, int]:
+        """Numbers of each link if the budget goes to what is worth most a byte, in favour of what is sent now."""
         left = self.formulation.limit(self.problem)
         assert left is not None
-        ranked = [(rate * (reluctance if is_sent else 1.0), pair) for rate, pair, is_sent in self._rates()]
-        counts: dict[Pair, int] = {}
-        for _, pair in sorted(ranked, key=lambda number: -number[0]):
-            size = self.cost.size[pair]
+        ranked = [(rate * (reluctance if is_sent else 1.0), link) for rate, link, is_sent in self._rates()]
+        counts: dict[Link, int] = {}
+        for _, link in sorted(ranked, key=lambda number: -number[0]):
+            size = self.cost.size[link[:2]]
             if size <= left:
                 left -= size
-                counts[pair] = counts.get(pair, 0) + 1
+                counts[link] = counts.get(link, 0) + 1
         return counts
 
-    def _rates(self) -> Iterator[tuple[float, Pair, bool]]:
-        """What each number is worth a byte, less its work, its pair, and whether it is sent: best first in a pair."""
-        for received in self.received:
-            for p in received.receiver.values:
-                pair = (p, received.receiver.worker)
-                now = received.sent[p].size if p in received.sent else 0
-                for position, gain in enumerate(received.spectrum(p).gains):
-                    worth, size = gain - self.cost.work[pair], self.cost.size[pair]
-                    if worth > 0 or position < now:
-                        yield (worth / size if size > 0 else np.inf), pair, position < now
+    def _rates(self) -> Iterator[tuple[float, Link, bool]]:
+        """What each number is worth a byte, less its work, its link, and whether it is sent: best first in a link."""
+        for line in self.lines:
+            pair, now = line.link[:2], line.sent.size
+            for position, gain in enumerate(line.spectrum(2 * now + MOST_MORE).gains):
+                worth, size = gain - self.cost.work[pair], self.cost.size[pair]
+                if worth > 0 or position < now:
+                    yield (worth / size if size > 0 else np.inf), line.link, position < now
 
-    def _resize(self, counts: dict[Pair, int]) -> None:
-        """The best codes of so many numbers, pair by pair where the number changes."""
-        for received in self.received:
-            for p in received.receiver.values:
-                count = counts.get((p, received.receiver.worker), 0)
-                if count != (received.sent[p].size if p in received.sent else 0):
-                    received.set(p, Sent(received.spectrum(p).encoder(count)))
+    def _resize(self, counts: dict[Link, int]) -> None:
+        """The best codes of so many numbers, line by line where the number changes."""
+        for line in self.lines:
+            count = counts.get(line.link, 0)
+            if count != line.sent.size:
+                line.set(line.code(count))
 
-    def _restore(self, kept: dict[Pair, Sent]) -> None:
-        for received in self.received:
-            for p in received.receiver.values:
-                received.set(p, kept.get((p, received.receiver.worker), _nothing(received, p)))
+    def _all_sent(self) -> dict[Link, Sent]:
+        return {line.link: line.sent for line in self.lines}
 
-    def _pairs(self) -> Iterator[tuple[Pair, Sent]]:
-        for received in self.received:
-            for p, sent in received.sent.items():
-                yield (p, received.receiver.worker), sent
+    def _restore(self, kept: dict[Link, Sent]) -> None:
+        for line in self.lines:
+            line.set(kept[line.link])
 
-    def _of_number(self, pair: Pair, sent: Sent) -> tuple[float, float]:
-        """What a number costs in work, and what it counts against the limit."""
+    def _charge(self, line: Line, sent: Sent) -> float:
+        """What the messages of a line cost beside the error."""
+        pair = line.link[:2]
         work = self.cost.work[pair] if sent.chosen is None else self.decoding[pair[1]]
-        return float(work), float(self.cost.size[pair])
+        return sent.size * float(work + (self.formulation.transfer_price or 0.0) * self.cost.size[pair])
 
-    def _code(self, received: Received, p: int) -> Sent:
-        """The best code of a pair that sends chosen values now: as many numbers, or what the price allows."""
-        return (self.as_many if self.formulation.transfer_price is None else self.at_price)(received, p)
-
-    def _objective_with(self, received: Received, p: int, sent: Sent) -> float:
-        """The receiver's share of the objective if worker p sends this."""
-        kept = received.sent.get(p, _nothing(received, p))
-        received.set(p, sent)
-        work, size = self._of_number((p, received.receiver.worker), sent)
-        price = self.formulation.transfer_price or 0.0
-        objective = received.error + sent.size * (work + price * size)
-        received.set(p, kept)
-        return objective
-
-
-def _nothing(received: Received, p: int) -> Sent:
-    return Sent(np.empty((0, len(received.receiver.values[p]))))
+    def _cheaper(self, line: Line, choices: Sequence[Sent]) -> Sent:
+        """What lowers the objective most, the first of equals."""
+        kept, found = line.sent, []
+        for sent in choices:
+            line.set(sent)
+            found.append(line.error + self._charge(line, sent))
+        line.set(kept)
+        return choices[int(np.argmin(found))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +13,9 @@ from scipy.linalg import cholesky, solve_triangular
 
 from repurpose_opt.exchange import Exchange
 from repurpose_opt.formulation import Formulation, Volume
-from repurpose_opt.formulation.codes import Cost, Pair, cost_of_numbers, exchange_of
+from repurpose_opt.formulation.codes import Cost, Link, cost_of_numbers, exchange_of
 from repurpose_opt.problem import LayerProblem
-from repurpose_opt.receiver import Receiver, expanded, receivers, strongest
+from repurpose_opt.receiver import Receiver, Source, expanded, receivers, strongest
 from repurpose_opt.solver import Candidate, Deadline, SolveOptions, Termination
 
 
@@ -29,7 +29,7 @@ class CodeGreedy:
     def supports(self, problem: LayerProblem, formulation: Formulation) -> str | None:
         if not (isinstance(formulation, Volume) and formulation.sends_codes):
             return 'codes need Volume(messages="codes") or "mixed"'
-        return None
+        return "it sends to each receiver by itself, links are broadcast" if problem.broadcast else None
 
     def solve(
         self,
@@ -41,10 +41,9 @@ class CodeGreedy:
     ) -> Candidate:
         assert isinstance(formulation, Volume)
         deadline = Deadline(options.time_limit)
-        if formulation.transfer_price == 0 and formulation.mac_price == 0:
-            return Candidate(
-                Termination.HEURISTIC, owner, formulation.select(problem, owner)
-            )  # all that is worth anything
+        if _has_room_for_everything(problem, formulation, owner):
+            everything = Volume(transfer_price=0.0, messages=formulation.messages).select(problem, owner)
+            return Candidate(Termination.HEURISTIC, owner, everything)
         pursuit = _Pursuit.of(problem, formulation, owner)
         if formulation.max_nmse is not None:
             numbers = _until_met(problem, formulation, owner, pursuit.numbers(np.inf), deadline)
@@ -59,10 +58,26 @@ class CodeGreedy:
         return Candidate(termination, owner, _exchange(problem, numbers))
 
 
+def _has_room_for_everything(problem: LayerProblem, formulation: Volume, owner: NDArray[np.int64]) -> bool:
+    """Whether every pair may send as many numbers as V_kp can need, which would take a pursuit long."""
+    if formulation.mac_price > 0 or formulation.max_nmse is not None:
+        return False
+    if formulation.transfer_price is not None:
+        return formulation.transfer_price == 0
+    limit = formulation.limit(problem)
+    assert limit is not None
+    sizes = cost_of_numbers(problem, formulation, owner).size
+    most = np.zeros((problem.P, problem.P))
+    for receiver in receivers(problem, owner):
+        for p, held in receiver.values.items():
+            most[p, receiver.worker] = min(len(receiver.rows) * receiver.width, len(held))
+    return bool((most * sizes).sum() <= limit)
+
+
 class Number(NamedTuple):
     """One number of a code, before it is sent."""
 
-    pair: Pair
+    link: Link
     combination: NDArray[np.float64]
     """(n_p,)"""
     rate: float
@@ -72,10 +87,10 @@ class Number(NamedTuple):
 
 
 def _exchange(problem: LayerProblem, numbers: list[Number]) -> Exchange:
-    encoders: dict[Pair, list[NDArray[np.float64]]] = {}
+    encoders: dict[Link, list[NDArray[np.float64]]] = {}
     for number in numbers:
-        encoders.setdefault(number.pair, []).append(number.combination)
-    return exchange_of(problem, {pair: np.array(rows) for pair, rows in encoders.items()})
+        encoders.setdefault(number.link, []).append(number.combination)
+    return exchange_of(problem, {link: np.array(rows) for link, rows in encoders.items()})
 
 
 def _until_met(
@@ -146,41 +161,110 @@ class _Pursued:
     """
 
     receiver: Receiver
-    halves: list[NDArray[np.float64]] = field(default_factory=list)
-    """(columns, b) covariances of the numbers sent with all columns, whitened."""
+    halves: NDArray[np.float64] = field(init=False)
+    """(columns, numbers·b) covariances of the numbers sent with all columns, whitened."""
+    worths: NDArray[np.float64] = field(init=False)
+    """(rows, numbers·b) covariances of the numbers sent with the outputs, whitened: B is less worths · halvesᵀ now."""
 
     def __post_init__(self) -> None:
-        self._residual = self.receiver.residual.copy()
-        self._variance = {p: variance.copy() for p, variance in self.receiver.variances.items()}
+        rows, columns = self.receiver.residual.shape
+        self.halves, self.worths = np.empty((columns, 0)), np.empty((rows, 0))
         self._best: dict[int, tuple[float, NDArray[np.float64]]] = {}
+        self._left: dict[int, _Left] = {p: _left_of(self.receiver, p) for p in self.receiver.values}
 
     def best(self) -> dict[int, tuple[float, NDArray[np.float64]]]:
         """For each source the gain and the combination (n_p,) of the best next number; absent where there is none."""
-        receiver = self.receiver
-        for p in receiver.values.keys() - self._best.keys():
-            residual = self._residual[:, receiver.columns[p].ravel()]
-            self._best[p] = strongest(residual, self._variance[p], receiver.width, receiver.energy)
+        for p in self._left.keys() - self._best.keys():
+            self._best[p] = self._left[p].strongest(self)
         return {p: best for p, best in sorted(self._best.items()) if best[0] > 0}
+
+    def residual(self, columns: NDArray[np.int64]) -> NDArray[np.float64]:
+        """B (rows, columns) as it is now."""
+        return self.receiver.residual[:, columns] - self.worths @ self.halves[columns].T
 
     def send(self, number: Number) -> None:
         """Project on what is left beside this number: rank-b downdates of B and K. O(rows · columns)."""
-        source, _ = number.pair
+        source, _ = number.link
         receiver = self.receiver
         columns = receiver.columns[source].ravel()
         numbers = expanded(number.combination[None, :], receiver.width)
         covariance = receiver.covariance_of(source, numbers)
-        for half in self.halves:
-            covariance -= half @ (half[columns].T @ numbers)
+        covariance -= self.halves @ (self.halves[columns].T @ numbers)
         factor = cholesky(numbers.T @ covariance[columns], lower=True)
         half = solve_triangular(factor, covariance.T, lower=True).T
-        worth = solve_triangular(factor, (self._residual[:, columns] @ numbers).T, lower=True).T
-        self._residual -= worth @ half.T
-        self.halves.append(half)
-        self._best.pop(source, None)
-        if receiver.local_half is None:
-            return  # uncorrelated sources: nothing else changes
-        for p in receiver.values:
-            if p != source:
-                shared = half[receiver.columns[p].ravel()]
-                self._variance[p] -= shared @ shared.T
-                self._best.pop(p, None)
+        served = receiver.residual[:, columns] @ numbers - self.worths @ (self.halves[columns].T @ numbers)
+        worth = solve_triangular(factor, served.T, lower=True).T
+        image = receiver.residual.T @ worth - self.halves @ (self.worths.T @ worth)
+        self.halves, self.worths = np.hstack([self.halves, half]), np.hstack([self.worths, worth])
+        changed = [source] if receiver.local_half is None else list(receiver.values)  # uncorrelated sources
+        for p in changed:
+            columns = receiver.columns[p].ravel()
+            self._left[p].send(half[columns], image[columns], worth, is_own=p == source)
+            self._best.pop(p, None)
+
+
+class _Left(Protocol):
+    """What is left of B_p and K_pp of one source."""
+
+    def strongest(self, pursued: _Pursued) -> tuple[float, NDArray[np.float64]]: ...
+
+    def send(
+        self, half: NDArray[np.float64], image: NDArray[np.float64], worth: NDArray[np.float64], is_own: bool
+    ) -> None:
+        """Leave out a number of covariance `half` (n_p·b, b) with the source, worth `worth` (rows, b).
+
+        `image` is B_pᵀ worth before it, (n_p·b, b).
+        """
+        ...
+
+
+def _left_of(receiver: Receiver, p: int) -> _Left:
+    """The Gram matrix where there are more rows than values: of fewer rows B_p itself is the smaller."""
+    is_wide = len(receiver.rows) < len(receiver.values[p])
+    if receiver.width == 1 and receiver.local_half is not None and not is_wide:
+        return _Gram(receiver.sources[p], receiver.energy)
+    return _Dense(p, receiver.variances[p].copy())
+
+
+@dataclass
+class _Dense:
+    """B_p and K_pp themselves."""
+
+    source: int
+    variance: NDArray[np.float64]
+
+    def strongest(self, pursued: _Pursued) -> tuple[float, NDArray[np.float64]]:
+        receiver = pursued.receiver
+        residual = pursued.residual(receiver.columns[self.source].ravel())
+        return strongest(residual, self.variance, receiver.width, receiver.energy)
+
+    def send(
+        self, half: NDArray[np.float64], image: NDArray[np.float64], worth: NDArray[np.float64], is_own: bool
+    ) -> None:
+        if not is_own:
+            self.variance -= half @ half.T
+
+
+class _Gram:
+    """B_pᵀB_p of the values made uncorrelated, and the covariances of others' numbers with them; b = 1."""
+
+    def __init__(self, source: Source, energy: float) -> None:
+        self.source, self.energy = source, energy
+        self.gram = source.gram.copy()
+        self.shared = np.empty((0, len(source.gram)))
+
+    def strongest(self, pursued: _Pursued) -> tuple[float, NDArray[np.float64]]:
+        spectrum = self.source.leading(self.gram, self.shared, 1, self.energy)
+        if len(spectrum.gains) == 0:
+            return 0.0, np.zeros(len(self.gram))
+        return float(spectrum.gains[0]), spectrum.encoder(1)[0]
+
+    def send(
+        self, half: NDArray[np.float64], image: NDArray[np.float64], worth: NDArray[np.float64], is_own: bool
+    ) -> None:
+        half, image = self.source.whitened(np.hstack([half, image])).T
+        change = np.outer(image - (0.5 * np.vdot(worth, worth)) * half, half)
+        self.gram -= change
+        self.gram -= change.T
+        if not is_own:
+            self.shared = np.vstack([self.shared, half])

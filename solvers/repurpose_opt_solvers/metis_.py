@@ -21,7 +21,7 @@ from scipy import sparse
 from scipy.optimize import linear_sum_assignment
 
 from repurpose_opt.errors import NoSolution
-from repurpose_opt.formulation import Edge, Formulation, Lossless, Volume, incidence
+from repurpose_opt.formulation import Edge, Formulation, Lossless, Volume, incidence, nets
 from repurpose_opt.isolation import DeadlinePassed, call, last
 from repurpose_opt.problem import LayerProblem
 from repurpose_opt.repair import column_energy, value_pins
@@ -133,8 +133,7 @@ class Attempt:
 
 def search(problem: LayerProblem, formulation: Lossless, seed: int) -> Iterator[Candidate]:
     """After each attempt, the one of least volume after its repair so far."""
-    hypergraph = formulation.hypergraph(problem)
-    assert hypergraph is not None
+    hypergraph = nets(problem, formulation.communication)
     best: Candidate | None = None
     volumes: dict[str, float] = {}
     for name, attempt in attempts(problem).items():

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from scipy.linalg import cholesky, solve_triangular
 
 from repurpose_opt.exchange import Exchange, Values
+from repurpose_opt.formulation.codes import Link, stacked
 from repurpose_opt.problem import LayerProblem
 from repurpose_opt.receiver import Receiver, Spectrum, expanded, spectrum_of
 
@@ -81,9 +82,22 @@ class Received:
         shared = solve_triangular(factor, shared, lower=True)
         return residual - worth.T @ shared, variance - shared.T @ shared
 
-    def spectrum(self, p: int) -> Spectrum:
-        """What numbers from worker p are worth beside what the others send."""
-        return spectrum_of(*self.beside(p), self.receiver.width, self.receiver.energy)
+    def spectrum(self, p: int, most: int | None = None) -> Spectrum:
+        """What the first numbers from worker p, all or at most so many, are worth beside what the others send."""
+        receiver = self.receiver
+        is_wide = len(receiver.rows) < len(receiver.values[p])  # B_p itself is smaller than its Gram matrix
+        if most is None or is_wide or receiver.width > 1 or receiver.local_half is None:
+            return spectrum_of(*self.beside(p), receiver.width, receiver.energy)
+        source, columns = receiver.sources[p], receiver.columns[p].ravel()
+        others = [q for q in self.sent if q != p]
+        if not others:
+            return source.leading(source.gram, np.empty((0, len(source.gram))), most, receiver.energy)
+        factor, worth = self._whitened(others)
+        covariance = np.hstack([self._covariance[q][columns] for q in others])
+        half = source.whitened(solve_triangular(factor, covariance.T, lower=True).T)
+        image = source.whitened((worth @ receiver.residual[:, columns]).T)
+        change = (image - 0.5 * half @ (worth @ worth.T)) @ half.T
+        return source.leading(source.gram - change - change.T, half.T, most, receiver.energy)
 
     @property
     def error(self) -> float:
@@ -101,3 +115,43 @@ class Received:
         )
         factor = cholesky(covariance, lower=True)
         return factor, solve_triangular(factor, np.hstack([self._worth[q] for q in sources]).T, lower=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Line:
+    """What one worker sends: to one receiver, or on broadcast links the same to several."""
+
+    source: int
+    ends: tuple[Received, ...]
+
+    @property
+    def link(self) -> Link:
+        return (self.source, *(end.receiver.worker for end in self.ends))
+
+    @property
+    def sent(self) -> Sent:
+        return self.ends[0].sent.get(self.source, self.nothing)
+
+    @property
+    def nothing(self) -> Sent:
+        return Sent(np.empty((0, len(self.ends[0].receiver.values[self.source]))))
+
+    def set(self, sent: Sent) -> None:
+        """Let the worker send this instead of what it did."""
+        for end in self.ends:
+            end.set(self.source, sent)
+
+    def code(self, count: int) -> Sent:
+        """The best code of so many numbers, or as many as are worth anything, beside what others send."""
+        return Sent(self.spectrum(count).encoder(count)) if count else self.nothing
+
+    def spectrum(self, most: int | None = None) -> Spectrum:
+        """What the first numbers, all or at most so many, are worth to all ends beside what others send."""
+        if len(self.ends) == 1:
+            return self.ends[0].spectrum(self.source, most)
+        return stacked([end.beside(self.source) for end in self.ends], [end.receiver for end in self.ends])
+
+    @property
+    def error(self) -> float:
+        """Of all ends."""
+        return sum(end.error for end in self.ends)
