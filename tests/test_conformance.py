@@ -58,6 +58,8 @@ PRUNER_SERVES = {
     "threshold": set(FORMULATIONS),
     "code-greedy": CODES,
     "code-descent": CODES,
+    "nuclear-norm": CODES - {"mixed-price"},
+    "nuclear-norm-fast": CODES - {"mixed-price"},
     "group-omp": VOLUMES,
     "group-lasso": TOTAL_VOLUMES,
     "group-lasso:clarabel": TOTAL_VOLUMES,
@@ -85,8 +87,9 @@ def backend_cases(kind: str, names: list[str]) -> list[Any]:
 
 
 def is_slow(backend: str, check: str) -> bool:
-    """Integer programs of dense layers that are pruned take seconds each; CVXPY is checked with its default solver."""
-    return (backend.startswith("mip") and "-volume-" in check) or backend.startswith("group-lasso:")
+    """Integer programs of dense layers that are pruned take seconds each; of CVXPY's there is one that is checked."""
+    is_costly = backend == "nuclear-norm" or backend.startswith("group-lasso:")
+    return is_costly or (backend.startswith("mip") and "-volume-" in check)
 
 
 FORMULATION_CASES = [

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 MESSAGES = ("values", "codes", "mixed")
 Link = tuple[int, ...]
 """(source worker, target worker); on broadcast links (source, target, target …), which get the same."""
-Pair = Link
 Counts = Mapping[Link, int]
 """Numbers of each link."""
 
@@ -71,7 +70,7 @@ def select_codes(
         for link, count in counts.items():
             encoders[link] = spectra[link].encoder(count)
             if 0 < count == len(spectra[link].gains):
-                whole = _row_space(problem, owner, link)
+                whole = _row_space(formulation.judged(problem), owner, link)
                 encoders[link] = whole if len(whole) <= count else encoders[link]
         return exchange_of(problem, encoders)
 
