@@ -73,6 +73,8 @@ class Source:
 
         O(n_p² + numbers · n_p) a step. Numbers worth less than 1e-13 of `energy` are left out.
         """
+        if np.trace(gram) <= _NOTHING * energy:  # the sum of all gains
+            return Spectrum(np.empty(0), np.empty((len(gram), 0)), self.factor)
         root = _InverseRoot.of(shared)
         count = len(gram)
         if count <= _FEW_VALUES or 4 * most > count:
