@@ -22,6 +22,7 @@ EXPERIMENTS = {
     "lasso": "repurpose_opt_benchmarks.lasso",
     "layer": "repurpose_opt_benchmarks.layer",
     "limits": "repurpose_opt_benchmarks.limits",
+    "network-codes": "repurpose_opt_benchmarks.network_codes",
     "placement": "repurpose_opt_benchmarks.placement",
     "proofs": "repurpose_opt_benchmarks.proofs",
     "pruning": "repurpose_opt_benchmarks.pruning",

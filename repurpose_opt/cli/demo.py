@@ -25,6 +25,13 @@ def add(verbs: Any) -> None:
         help="fraction of the direct volume that may be sent, above 0 and below 1; default: %(default)s",
     )
     verb.add_argument(
+        "--codes-budget",
+        type=fraction,
+        default=0.0045,
+        metavar="F",
+        help="the same for the row that sends codes; default: %(default)s",
+    )
+    verb.add_argument(
         "--seeds", type=positive, default=1, metavar="N", help="repetitions, for means and spreads; default: 1"
     )
     verb.add_argument("--seed", type=natural, default=0, metavar="N", help="the first seed; default: 0")
@@ -45,6 +52,7 @@ def _demo(args: argparse.Namespace) -> int:
         args.output,
         mnist_directory=args.mnist_dir,
         budget=args.budget,
+        codes_budget=args.codes_budget,
         seeds=args.seeds,
         seed=args.seed,
         as_json=args.json,

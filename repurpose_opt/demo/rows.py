@@ -88,10 +88,10 @@ def run_seed(
     report("training the dense network")
     dense = trace(train_dense(digits, seed), torch.zeros(1, len(input_owner())))
     training = Groups(digits.train_images, digits.train_labels)
-    test = _draw(Groups(digits.test_images, digits.test_labels), TEST_GROUPS, _TEST_STREAM + seed)
+    test = test_groups(digits, seed)
     share = np.full(SENSORS, 1 / SENSORS)
     placement = Placement(SENSORS, input_owner(), (OUTPUT_OWNER,), share, link_price=None)
-    sweep = _sweep(dense, training, placement, seed, report)
+    sweep = sweep_of(dense, training, placement, seed, report)
     plans, curves = {}, {}
     for name, formulation in formulations.items():
         partitioner, pruner = SOLVERS[name]
@@ -149,7 +149,12 @@ def accuracy(model: nn.Module, inputs: torch.Tensor, labels: torch.Tensor) -> fl
     return hits / len(labels)
 
 
-def _sweep(dense: Chain, training: Groups, placement: Placement, seed: int, report: Report) -> Sweep:
+def test_groups(digits: Digits, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The inputs and labels that judge, of images that nothing else sees."""
+    return _draw(Groups(digits.test_images, digits.test_labels), TEST_GROUPS, _TEST_STREAM + seed)
+
+
+def sweep_of(dense: Chain, training: Groups, placement: Placement, seed: int, report: Report) -> Sweep:
     inputs, _ = _draw(training, CALIBRATION_GROUPS, _CALIBRATION_STREAM + seed)
     return Sweep(
         chain=dense,
