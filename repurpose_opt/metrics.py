@@ -234,12 +234,12 @@ def _outside_codes(
 ) -> int:
     """`weights_outside` of one worker, up to the rounding of V = U R in the precision of V."""
     block = dense(weight[rows]).astype(np.float64)
-    rounding = 1e3 * np.finfo(weight.dtype).eps * np.abs(block).max(initial=0.0)
     block[:, had_columns(problem, exchange.chosen_values)[:, worker]] = 0.0
     assert problem.value_columns is not None
     for source, code in exchange.codes_to(worker):
         columns = problem.value_columns[problem.input_owner == source]
         covered = block[:, columns]
+        rounding = 1e3 * np.finfo(weight.dtype).eps * np.abs(covered).max(initial=0.0)
         decoder = np.einsum("mvb,rv->mrb", covered, code.encoder)
         left = covered - np.einsum("mrb,rv->mvb", decoder, code.encoder)
         block[:, columns] = np.where(np.abs(left) > rounding, left, 0.0)

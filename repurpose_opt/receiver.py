@@ -73,10 +73,10 @@ class Source:
 
         O(n_p² + numbers · n_p) a step. Numbers worth less than 1e-13 of `energy` are left out.
         """
-        if np.trace(gram) <= _NOTHING * energy:  # the sum of all gains
-            return Spectrum(np.empty(0), np.empty((len(gram), 0)), self.factor)
-        root = _InverseRoot.of(shared)
         count = len(gram)
+        if np.trace(gram) <= _NOTHING * energy:  # the sum of all gains; ARPACK has no answer to zeros
+            return Spectrum(np.empty(0), np.empty((count, 0)), self.factor)
+        root = _InverseRoot.of(shared)
         if count <= _FEW_VALUES or 4 * most > count:
             unit = root.apply(np.eye(count))
             gains, vectors = eigh(unit.T @ gram @ unit, subset_by_index=[max(count - most, 0), count - 1])
@@ -199,7 +199,7 @@ def _receiver(problem: LayerProblem, worker: int, rows: NDArray[np.int64]) -> Re
     local_half = None
     if moments.is_diagonal:
         residual = scale * (np.asarray(dense(problem.target_weight[rows]), dtype=np.float64) * second)
-        explained = residual[:, local] / np.sqrt(second[local])
+        explained = residual[:, local] / np.sqrt(np.where(second[local] > 0, second[local], 1.0))
     else:
         weighted = scale * problem.predicted_moment[rows]
         factor = cholesky(second[np.ix_(local, local)], lower=True)
@@ -261,7 +261,7 @@ def _whitened(
     """B K^-½ as (rows·b, n_p), and the factor of K over the values: (n_p, n_p), or (n_p,) where it is diagonal."""
     if width == 1:
         if variance.ndim == 1:
-            factor = np.sqrt(variance)
+            factor = np.sqrt(np.where(variance > 0, variance, 1.0))
             return residual / factor, factor
         factor = cholesky(variance, lower=True)
         return solve_triangular(factor, residual.T, lower=True).T, factor

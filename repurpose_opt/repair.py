@@ -181,6 +181,7 @@ def _factor_of(problem: LayerProblem, known: Features) -> NDArray[np.float64]:
     """Lower Cholesky factor of T_k C T_kᵀ."""
     second = problem.moments.regularised
     if second.ndim == 1:
+        second = np.where(second > 0, second, 1.0)
         return _cholesky(((known.matrix * second) @ known.matrix.T).toarray())
     return _cholesky(known.of(known.of(second).T))
 

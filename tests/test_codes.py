@@ -823,3 +823,50 @@ def test_channels_are_valid_and_codes_of_all_numbers_leave_no_error(seed: int):
         assert found.objective >= error_of(problem, owner, everything) - 1e-9
         nothing = error_of(problem, owner, Exchange.nothing(4, 2))
         assert found.objective < nothing
+
+
+def test_a_source_that_is_worth_nothing_to_a_worker_sends_it_nothing():
+    """More values than a dense eigenvalue problem is solved for: Lanczos has no answer to zeros."""
+    random = np.random.default_rng(0)
+    weight = np.ones(480)
+    weight[:120] = 0.0
+    problem = LayerProblem.create(
+        random.normal(size=(480, 400)),
+        4,
+        moments=Moments.from_samples(random.normal(size=(900, 400))),
+        output_weight=weight,
+    )
+    solution = solve_problem(problem, Volume(budget=0.01, messages="codes"), partitioner="contiguous").require()
+    assert solution.violations == ()
+    assert not any(target == 0 for _, target in solution.exchange.messages)
+
+
+def test_all_numbers_lose_nothing_whatever_the_units_of_the_inputs():
+    random = np.random.default_rng(1)
+    unit = np.logspace(-4, 4, 24)
+    inputs = random.normal(size=(600, 24)) @ random.normal(size=(24, 24)) * unit
+    weight = (random.normal(size=(12, 24)) / unit).astype(np.float32)
+    problem = LayerProblem.create(weight, 3, moments=Moments.from_samples(inputs))
+    solution = solve_problem(problem, Volume(transfer_price=0.0, messages="codes"), partitioner="contiguous")
+    assert solution.nmse < 1e-4  # numbers worth less than rounding of the greatest are left out
+
+
+def test_a_tampered_weight_is_found_however_large_others_are():
+    problem = LayerProblem.create(np.random.default_rng(2).normal(size=(8, 8)).astype(np.float32), 2)
+    solution = solve_problem(problem, Volume(budget=0.25, messages="codes"), partitioner="contiguous")
+    assert solution.violations == ()
+    weight = solution.weight.copy()
+    weight[0, 0] = 1e6  # a local one
+    weight[0, 5] += 1.0
+    assert metrics.weights_outside(problem, solution.owner, solution.exchange, weight) > 0
+
+
+def test_a_constant_input_without_a_ridge_is_no_trouble_on_diagonal_moments():
+    variance = np.array([0.0, 1.0, 2.0, 1.0, 0.0, 1.0])
+    zeros = np.zeros(6)
+    problem = LayerProblem.create(
+        np.random.default_rng(3).normal(size=(4, 6)), 2, moments=Moments(variance, variance, variance, zeros, zeros)
+    )
+    solution = solve_problem(problem, Volume(budget=0.4, messages="codes"))
+    assert solution.violations == ()
+    assert np.isfinite(solution.objective)

@@ -31,7 +31,7 @@ CODES = {label for label in FORMULATIONS if label.startswith(("codes", "mixed"))
 SERVES = {
     "contiguous": set(FORMULATIONS),
     "random": set(FORMULATIONS),
-    "brute-force": set(FORMULATIONS) - {"mixed-price"},
+    "brute-force": set(FORMULATIONS) - {"mixed-price", "lossless-codes"},
     "munkres": set(FORMULATIONS),
     "flow": set(FORMULATIONS),
     "metis": set(FORMULATIONS) - LOSSLESS_CODES,
@@ -47,7 +47,7 @@ SERVES = {
     "mip-lns": ADDITIVE,
 }
 PROVES = {
-    "brute-force": set(FORMULATIONS) - {"mixed-price"},
+    "brute-force": set(FORMULATIONS) - {"mixed-price", "lossless-codes"},
     "munkres": {"edge"},
     "flow": {"edge"},
     "generalised": {"edge"},

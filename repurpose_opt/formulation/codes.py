@@ -118,9 +118,11 @@ def _row_space(problem: LayerProblem, owner: NDArray[np.int64], link: Link) -> N
     assert problem.value_columns is not None
     rows = np.flatnonzero(np.isin(owner[problem.row_neuron], link[1:]) & (problem.output_weight > 0))
     columns = problem.value_columns[problem.input_owner == link[0]]
-    block = np.asarray(dense(problem.target_weight[rows])[:, columns], dtype=np.float64).swapaxes(1, 2)
+    scale = np.sqrt(problem.moments.variance[columns].mean(axis=1))  # in units of what the values vary
+    scale[scale == 0] = 1.0
+    block = np.asarray(dense(problem.target_weight[rows])[:, columns], dtype=np.float64).swapaxes(1, 2) * scale
     _, values, right = np.linalg.svd(block.reshape(-1, len(columns)), full_matrices=False)
-    return right[values > len(columns) * np.finfo(problem.weight.dtype).eps * values.max(initial=0.0)]
+    return right[values > len(columns) * np.finfo(problem.weight.dtype).eps * values.max(initial=0.0)] / scale
 
 
 def exchange_of(problem: LayerProblem, encoders: Mapping[Link, NDArray[np.float64]]) -> Exchange:

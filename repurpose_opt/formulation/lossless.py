@@ -19,7 +19,6 @@ from repurpose_opt.formulation.ranks import (
     project_on_messages,
     rank_price,
     select_ranks,
-    support_is_everything,
 )
 from repurpose_opt.hypergraph import Hypergraph
 from repurpose_opt.problem import LayerProblem, Weight
@@ -105,7 +104,7 @@ class Lossless(Formulation):
         return nets(problem, self.communication)
 
     def selection_is_exact(self, problem: LayerProblem) -> bool:
-        return not self.sends_codes or support_is_everything(problem)
+        return not self.sends_codes  # ranks are numerical, and correlated sources might do with less
 
 
 def nets(problem: LayerProblem, communication: str = "total") -> Hypergraph:

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import LinAlgError, cholesky
 
 from repurpose_opt.exchange import Code, Exchange, Message, Values
 from repurpose_opt.problem import LayerProblem, Weight, dense
@@ -23,13 +22,14 @@ def select_ranks(problem: LayerProblem, owner: NDArray[np.int64]) -> Exchange:
     """A code of the row space of each W_kp on the support of its inputs, or the values it reads if they are as few."""
     messages: dict[tuple[int, int], Message] = {}
     for source, target, block in _blocks(problem, owner):
-        basis = _row_space(block)
+        unit = _unit(problem, source)
+        basis = _row_space(block * unit, float(np.finfo(problem.weight.dtype).eps)) / unit
         reads = np.flatnonzero(block.any(axis=0))
         if len(basis) == len(reads):
             if len(reads):
                 messages[source, target] = Values(np.flatnonzero(problem.input_owner == source)[reads])
         else:
-            messages[source, target] = Code(basis)
+            messages[source, target] = Code.spanning(basis)
     return Exchange(problem.n, problem.P, messages)
 
 
@@ -72,24 +72,12 @@ def rank_price(problem: LayerProblem, owner: NDArray[np.int64] | None) -> NDArra
     price = problem.number_bytes[:, None] * problem.link_price
     cost = np.zeros((problem.m, problem.P))
     for source in np.unique(problem.input_owner).tolist():
-        block = _on_support(problem, source, np.arange(problem.rows))
+        block = _on_support(problem, source, np.arange(problem.rows)) * _unit(problem, source)
         for target in np.flatnonzero(np.arange(problem.P) != source):
             there = np.zeros(problem.m, dtype=bool) if owner is None else owner == target
-            adds = _added_rank(block, problem.row_neuron, there)
+            adds = _added_rank(block, problem.row_neuron, there, float(np.finfo(problem.weight.dtype).eps))
             cost[:, target] += price[source, target] * adds
     return cost
-
-
-def support_is_everything(problem: LayerProblem) -> bool:
-    """Whether no combination of the inputs is constant; where one is, workers might do without some numbers."""
-    second = problem.moments.second
-    if second.ndim == 1:
-        return True  # each input is known by itself only
-    try:
-        cholesky(second)
-    except LinAlgError:
-        return False
-    return True
 
 
 def _blocks(problem: LayerProblem, owner: NDArray[np.int64]) -> Iterator[tuple[int, int, NDArray[np.float64]]]:
@@ -121,24 +109,30 @@ def _on_support(problem: LayerProblem, source: int, rows: NDArray[np.int64]) -> 
     varies = spread > len(spread) * np.finfo(float).eps * max(spread.max(initial=0.0), 0.0)
     if varies.all():
         return block
-    return np.asarray(block @ axes[:, varies] @ axes[:, varies].T)
+    left = block @ axes[:, varies] @ axes[:, varies].T
+    rounding = len(spread) * np.finfo(float).eps * np.abs(block).max(initial=0.0)
+    return np.where(np.abs(left) > rounding, left, 0.0)
 
 
-def _row_space(block: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(rank, n_p) orthonormal rows that span those of a block of weights, to their rounding."""
+def _unit(problem: LayerProblem, source: int) -> NDArray[np.float64]:
+    """(n_p,) by how much each value of a worker varies, in which units the rank is judged; 1 where it does not."""
+    assert problem.value_columns is not None
+    columns = problem.value_columns[problem.input_owner == source]
+    second = problem.moments.second
+    unit = np.sqrt((second if second.ndim == 1 else np.diagonal(second))[columns].mean(axis=1))
+    return np.where(unit > 0, unit, 1.0)
+
+
+def _row_space(block: NDArray[np.float64], rounding: float) -> NDArray[np.float64]:
+    """(rank, n_p) orthonormal rows that span those of a block of weights, to a relative rounding."""
     if block.size == 0:
         return np.zeros((0, block.shape[1]))
     _, values, right = np.linalg.svd(block, full_matrices=False)
-    return right[values > _least(block, values)]
-
-
-def _least(block: NDArray[np.float64], values: NDArray[np.float64]) -> float:
-    """Singular values below are rounding of single precision."""
-    return float(max(block.shape) * np.finfo(np.float32).eps * values.max(initial=0.0))
+    return right[values > max(block.shape) * rounding * values.max(initial=0.0)]
 
 
 def _added_rank(
-    block: NDArray[np.float64], row_neuron: NDArray[np.int64], there: NDArray[np.bool_]
+    block: NDArray[np.float64], row_neuron: NDArray[np.int64], there: NDArray[np.bool_], rounding: float
 ) -> NDArray[np.float64]:
     """(m,) by how much each neuron's rows raise the rank of the rows of the others that are there.
 
@@ -146,7 +140,7 @@ def _added_rank(
     """
     is_there = there[row_neuron]
     flat = block.reshape(-1, block.shape[2])
-    basis = _row_space(block[is_there].reshape(-1, block.shape[2]))
+    basis = _row_space(block[is_there].reshape(-1, block.shape[2]), rounding)
     left = flat - (flat @ basis.T) @ basis
     size = np.linalg.norm(flat, axis=1)
     adds = np.linalg.norm(left, axis=1) > 1e-5 * np.maximum(size, np.finfo(float).tiny)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repurpose_opt.errors import InvalidArgument
-from repurpose_opt.exchange import Code, Exchange, Message, Values
+from repurpose_opt.exchange import Exchange
 
 if TYPE_CHECKING:
     from repurpose_opt.network.sweep import SolvedLayer
@@ -60,28 +60,16 @@ class Checkpoint:
 
 
 def _arrays_of(layer: SolvedLayer) -> dict[str, NDArray[Any]]:
-    """Flat arrays: a message from worker p to worker k is `values-p-k`, or the encoder `code-p-k`."""
     arrays = {"owner": layer.owner, "weight": layer.weight, "bias": layer.bias, "P": np.array(layer.exchange.P)}
-    for (source, target), message in layer.exchange.messages.items():
-        if isinstance(message, Code):
-            arrays[f"code-{source}-{target}"] = message.encoder
-        else:
-            arrays[f"values-{source}-{target}"] = message.values
-    return arrays
+    return arrays | layer.exchange.arrays()
 
 
 def _layer_of(arrays: Mapping[str, NDArray[Any]]) -> SolvedLayer:
     """Raises ValueError or KeyError where the arrays are not those of a layer."""
     from repurpose_opt.network.sweep import SolvedLayer
 
-    messages: dict[tuple[int, int], Message] = {}
-    for key in arrays:
-        kind, *pair = key.split("-")
-        if pair:
-            source, target = map(int, pair)
-            messages[source, target] = {"values": Values, "code": Code}[kind](arrays[key])
-    n = arrays["weight"].shape[1]
-    return SolvedLayer(arrays["owner"], Exchange(n, int(arrays["P"]), messages), arrays["weight"], arrays["bias"])
+    exchange = Exchange.of_arrays(arrays["weight"].shape[1], int(arrays["P"]), arrays)
+    return SolvedLayer(arrays["owner"], exchange, arrays["weight"], arrays["bias"])
 
 
 def _write_whole(path: Path, content: bytes) -> None:

@@ -61,7 +61,7 @@ class CodeDescent:
             descent.sweep(descent.as_many)
             descent.move_numbers()
         else:
-            descent.sweep(descent.as_many)
+            descent.sweep_within_limit()
             descent.drop_numbers()
         if formulation.mac_price > 0:
             descent.sweep(descent.cheaper_kind)
@@ -131,13 +131,20 @@ class _Descent:
                 if self.deadline.passed:
                     return
                 sent = choose(line)
-                if len(line.ends) > 1:  # the best for all ends together is known exactly where they know the same
+                if not line.is_exact:
                     sent = self._cheaper(line, (line.sent, sent))
                 line.set(sent)
             after = self.objective
             if before - after <= SMALLEST_FALL * abs(before):
                 return
             before = after
+
+    def sweep_within_limit(self) -> None:
+        """Sweep, unless that takes the NMSE above its limit: it falls with the error but for the ridge in that."""
+        kept = self._all_sent()
+        self.sweep(self.as_many)
+        if not self.formulation.meets(self.problem, self.owner, self.exchange()):
+            self._restore(kept)
 
     def as_many(self, line: Line) -> Sent:
         """The best code of as many numbers as are sent."""
@@ -196,7 +203,7 @@ class _Descent:
             self._without(ranked[:low], kept)
             if low == 0:
                 return
-            self.sweep(self.as_many)
+            self.sweep_within_limit()
 
     def _without(self, dropped: list[Link], kept: dict[Link, Sent]) -> bool:
         """Leave out a number for each time that its link is listed; whether the NMSE is within its limit then."""

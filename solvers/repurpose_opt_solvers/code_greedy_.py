@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, takewhile
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -109,7 +109,7 @@ def _until_met(
     low, step = -1, 1
     while not reaches(len(numbers)):
         low = len(numbers)
-        numbers.extend(islice(ranked, 0 if deadline.passed else step))
+        numbers.extend(islice(takewhile(lambda _: not deadline.passed, ranked), step))
         step *= 2
         if len(numbers) == low:
             return numbers

@@ -133,6 +133,11 @@ class Line:
         return self.ends[0].sent.get(self.source, self.nothing)
 
     @property
+    def is_exact(self) -> bool:
+        """Whether what its spectrum says is exact: one column a value, one end."""
+        return len(self.ends) == 1 and self.ends[0].receiver.width == 1
+
+    @property
     def nothing(self) -> Sent:
         return Sent(np.empty((0, len(self.ends[0].receiver.values[self.source]))))
 
