@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.linalg import LinAlgError, cholesky
 
 from repurpose_opt.accumulator import MomentAccumulator, outer
 from repurpose_opt.errors import InvalidArgument
@@ -176,6 +177,14 @@ def with_ridge(matrix: NDArray[np.float64], ridge: float) -> NDArray[np.float64]
     regularised = matrix.copy()
     np.fill_diagonal(regularised, np.diagonal(matrix) + ridge)
     return regularised
+
+
+def lower_factor(covariance: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Its lower Cholesky factor. Raises InvalidArgument where it is not positive definite."""
+    try:
+        return np.asarray(cholesky(covariance, lower=True))
+    except LinAlgError:
+        raise InvalidArgument("second_moment", "an indefinite matrix", "a positive semidefinite one") from None
 
 
 def with_default_ridge(

@@ -14,9 +14,10 @@ from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import cholesky, eigh, solve_triangular
+from scipy.linalg import eigh, solve_triangular
 from scipy.sparse.linalg import LinearOperator, eigsh
 
+from repurpose_opt.moments import lower_factor
 from repurpose_opt.problem import LayerProblem, dense
 
 _NOTHING = 1e-13
@@ -60,7 +61,7 @@ class Source:
     @staticmethod
     def of(residual: NDArray[np.float64], variance: NDArray[np.float64]) -> Source:
         """Of B_p (rows, n_p) and K_pp. O(rows n_p²) once."""
-        factor = cholesky(variance, lower=True)
+        factor = lower_factor(variance)
         half = solve_triangular(factor, residual.T @ residual, lower=True)
         return Source(factor, solve_triangular(factor, half.T, lower=True))
 
@@ -104,7 +105,7 @@ class _InverseRoot:
     def of(shared: NDArray[np.float64]) -> _InverseRoot:
         numbers, count = shared.shape
         if 2 * numbers > count:
-            return _InverseRoot(None, cholesky(np.eye(count) - shared.T @ shared, lower=True))
+            return _InverseRoot(None, lower_factor(np.eye(count) - shared.T @ shared))
         known, vectors = eigh(shared @ shared.T)
         left = np.sqrt(1 - known)
         return _InverseRoot(vectors.T @ shared, 1 / (left * (1 + left)))
@@ -202,7 +203,7 @@ def _receiver(problem: LayerProblem, worker: int, rows: NDArray[np.int64]) -> Re
         explained = residual[:, local] / np.sqrt(np.where(second[local] > 0, second[local], 1.0))
     else:
         weighted = scale * problem.predicted_moment[rows]
-        factor = cholesky(second[np.ix_(local, local)], lower=True)
+        factor = lower_factor(second[np.ix_(local, local)])
         local_half = solve_triangular(factor, second[local], lower=True)
         explained = solve_triangular(factor, weighted[:, local].T, lower=True).T
         residual = weighted - explained @ local_half
@@ -263,14 +264,14 @@ def _whitened(
         if variance.ndim == 1:
             factor = np.sqrt(np.where(variance > 0, variance, 1.0))
             return residual / factor, factor
-        factor = cholesky(variance, lower=True)
+        factor = lower_factor(variance)
         return solve_triangular(factor, residual.T, lower=True).T, factor
     full = np.diag(variance) if variance.ndim == 1 else variance
     count = len(full) // width
     blocks = full.reshape(count, width, count, width)
-    factor = cholesky(np.einsum("viwi->vw", blocks) / width, lower=True)
+    factor = lower_factor(np.einsum("viwi->vw", blocks) / width)
     inverse = solve_triangular(factor, np.eye(count), lower=True)
     within = np.einsum("uv,viwj,uw->ij", inverse, blocks, inverse, optimize=True) / count
     columns = np.einsum("uv,rvi->rui", inverse, residual.reshape(-1, count, width), optimize=True)
-    columns = solve_triangular(cholesky(within, lower=True), columns.reshape(-1, width).T, lower=True)
+    columns = solve_triangular(lower_factor(within), columns.reshape(-1, width).T, lower=True)
     return columns.T.reshape(-1, count, width).swapaxes(1, 2).reshape(-1, count), factor

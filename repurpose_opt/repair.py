@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
-from scipy.linalg import LinAlgError, cholesky, solve_triangular
+from scipy.linalg import solve_triangular
 
-from repurpose_opt.errors import InvalidArgument
 from repurpose_opt.exchange import Exchange
 from repurpose_opt.knowledge import Features, features, had_columns, kept_columns
+from repurpose_opt.moments import lower_factor
 from repurpose_opt.problem import LayerProblem, Weight, by_row_blocks, dense, row_blocks, times
 
 
@@ -174,7 +174,7 @@ def _squared_target(problem: LayerProblem) -> Iterator[tuple[slice, Weight]]:
 
 
 def _factor(problem: LayerProblem, columns: NDArray[np.int64]) -> NDArray[np.float64]:
-    return _cholesky(problem.moments.regularised[np.ix_(columns, columns)])
+    return lower_factor(problem.moments.regularised[np.ix_(columns, columns)])
 
 
 def _factor_of(problem: LayerProblem, known: Features) -> NDArray[np.float64]:
@@ -182,12 +182,5 @@ def _factor_of(problem: LayerProblem, known: Features) -> NDArray[np.float64]:
     second = problem.moments.regularised
     if second.ndim == 1:
         second = np.where(second > 0, second, 1.0)
-        return _cholesky(((known.matrix * second) @ known.matrix.T).toarray())
-    return _cholesky(known.of(known.of(second).T))
-
-
-def _cholesky(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
-    try:
-        return np.asarray(cholesky(matrix, lower=True))
-    except LinAlgError:
-        raise InvalidArgument("second_moment", "an indefinite matrix", "a positive semidefinite one") from None
+        return lower_factor(((known.matrix * second) @ known.matrix.T).toarray())
+    return lower_factor(known.of(known.of(second).T))

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from scipy.linalg import block_diag
 
 from repurpose_opt import LayerProblem, Moments, SolveOptions, Termination, Volume, metrics, registry, solve_layer
+from repurpose_opt.errors import InvalidArgument
 from repurpose_opt.exchange import Code, Exchange, Values
 from repurpose_opt.pruning import load_pruner
 from repurpose_opt.receiver import receivers
@@ -870,3 +871,12 @@ def test_a_constant_input_without_a_ridge_is_no_trouble_on_diagonal_moments():
     solution = solve_problem(problem, Volume(budget=0.4, messages="codes"))
     assert solution.violations == ()
     assert np.isfinite(solution.objective)
+
+
+def test_a_singular_covariance_without_a_ridge_is_named():
+    samples = np.random.default_rng(4).normal(size=(50, 2)) @ np.ones((2, 8))
+    second = samples.T @ samples / 50
+    zeros = np.zeros(8)
+    problem = LayerProblem.create(np.ones((4, 8)), 2, moments=Moments(second, second, second, zeros, zeros))
+    with pytest.raises(InvalidArgument, match="second_moment"):
+        solve_problem(problem, Volume(budget=0.4, messages="codes"))

@@ -9,11 +9,12 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import cholesky, solve_triangular
+from scipy.linalg import solve_triangular
 
 from repurpose_opt.exchange import Exchange
 from repurpose_opt.formulation import Formulation, Volume
 from repurpose_opt.formulation.codes import Cost, Link, cost_of_numbers, exchange_of
+from repurpose_opt.moments import lower_factor
 from repurpose_opt.problem import LayerProblem
 from repurpose_opt.receiver import Receiver, Source, expanded, receivers, strongest
 from repurpose_opt.solver import Candidate, Deadline, SolveOptions, Termination
@@ -190,7 +191,7 @@ class _Pursued:
         numbers = expanded(number.combination[None, :], receiver.width)
         covariance = receiver.covariance_of(source, numbers)
         covariance -= self.halves @ (self.halves[columns].T @ numbers)
-        factor = cholesky(numbers.T @ covariance[columns], lower=True)
+        factor = lower_factor(numbers.T @ covariance[columns])
         half = solve_triangular(factor, covariance.T, lower=True).T
         served = receiver.residual[:, columns] @ numbers - self.worths @ (self.halves[columns].T @ numbers)
         worth = solve_triangular(factor, served.T, lower=True).T

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import cholesky, solve_triangular
+from scipy.linalg import solve_triangular
 
 from repurpose_opt.exchange import Exchange, Values
 from repurpose_opt.formulation.codes import Link, stacked
+from repurpose_opt.moments import lower_factor
 from repurpose_opt.problem import LayerProblem
 from repurpose_opt.receiver import Receiver, Spectrum, expanded, spectrum_of
 
@@ -113,7 +114,7 @@ class Received:
         covariance = np.block(
             [[self._numbers[p].T @ self._covariance[q][columns[p].ravel()] for q in sources] for p in sources]
         )
-        factor = cholesky(covariance, lower=True)
+        factor = lower_factor(covariance)
         return factor, solve_triangular(factor, np.hstack([self._worth[q] for q in sources]).T, lower=True)
 
 
