@@ -200,11 +200,11 @@ def test_demo_hands_its_options_on(run: Run, monkeypatch: pytest.MonkeyPatch) ->
     fake.run_demo = lambda *args, **kwargs: calls.append((args, kwargs))  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "repurpose_opt.demo.run", fake)
     assert run("demo") == (0, "", "")
-    assert (
-        run("demo", "--output", "d", "--mnist-dir", "m", "--budget", 0.05, "--seeds", 3, "--seed", 7, "--json")[0] == 0
-    )
-    defaults = {"mnist_directory": None, "budget": 0.01, "seeds": 1, "seed": 0, "as_json": False}
-    given = {"mnist_directory": Path("m"), "budget": 0.05, "seeds": 3, "seed": 7, "as_json": True}
+    budgets = ("--budget", 0.05, "--codes-budget", 0.02)
+    assert run("demo", "--output", "d", "--mnist-dir", "m", *budgets, "--seeds", 3, "--seed", 7, "--json")[0] == 0
+    defaults = {"mnist_directory": None, "budget": 0.01, "codes_budget": 0.0045, "seeds": 1, "seed": 0}
+    given = {"mnist_directory": Path("m"), "budget": 0.05, "codes_budget": 0.02, "seeds": 3, "seed": 7}
+    defaults, given = defaults | {"as_json": False}, given | {"as_json": True}
     assert calls == [((Path("demo-report"),), defaults), ((Path("d"),), given)]
 
 

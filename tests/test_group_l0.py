@@ -30,7 +30,7 @@ from repurpose_opt_solvers.threshold_ import Threshold
 SERVED = {
     label: formulation
     for label, formulation in standard_formulations().items()
-    if isinstance(formulation, Volume) and formulation.communication == "total"
+    if isinstance(formulation, Volume) and formulation.communication == "total" and not formulation.sends_codes
 }
 
 
