@@ -276,6 +276,8 @@ def test_a_manifest_that_contradicts_itself_is_refused(folder: Path) -> None:
         ("owner", lambda content: content["layers"][0]["owner"].__setitem__(0, 9)),
         ("input_owner", lambda content: content["layers"][1]["input_owner"].__setitem__(0, 0.5)),
         ("message", lambda content: content["layers"][0]["messages"][0]["values"].__setitem__(0, 99)),
+        ("source", lambda content: content["layers"][0]["messages"][0].update(source=0.5)),
+        ("direct_volume", lambda content: content.update(direct_volume=-5)),
         ("dtype", lambda content: content.update(dtype="float8")),
         ("Linear", lambda content: content["modules"][0]["arguments"].update(in_features=12)),
         ("kind", lambda content: content["modules"][1].update(kind="exec")),

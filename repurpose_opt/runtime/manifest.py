@@ -173,14 +173,14 @@ def _manifest(content: Mapping[str, Any]) -> Manifest:
             for module in content["modules"]
         ),
         layers=tuple(_layer(layer, n_workers) for layer in content["layers"]),
-        direct_volume=int(content["direct_volume"]),
+        direct_volume=_whole(content["direct_volume"]),
         stats=dict(content["stats"]),
         files=tuple(WorkerFile(int(file["size"]), str(file["sha256"])) for file in content["files"]),
     )
 
 
 def _layer(content: Mapping[str, Any], n_workers: int) -> PlannedLayer:
-    messages = {(int(entry["source"]), int(entry["target"])): _message(entry) for entry in content["messages"]}
+    messages = {(_whole(entry["source"]), _whole(entry["target"])): _message(entry) for entry in content["messages"]}
     if len(messages) < len(content["messages"]):
         raise ValueError("two messages for one pair of workers")
     return PlannedLayer(
@@ -189,7 +189,7 @@ def _layer(content: Mapping[str, Any], n_workers: int) -> PlannedLayer:
         owner=_indices(content["owner"]),
         messages=messages,
         n_workers=n_workers,
-        value_bytes=int(content["value_bytes"]),
+        value_bytes=_whole(content["value_bytes"]),
     )
 
 
@@ -197,6 +197,12 @@ def _message(entry: Mapping[str, Any]) -> PlannedMessage:
     if ("values" in entry) == ("numbers" in entry):
         raise ValueError("a message without values or numbers, or with both")
     return Values(_indices(entry["values"])) if "values" in entry else PlannedCode(entry["numbers"])
+
+
+def _whole(value: object) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} instead of a whole number ≥ 0")
+    return value
 
 
 def _indices(values: list[int]) -> Indices:
