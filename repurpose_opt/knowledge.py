@@ -81,6 +81,12 @@ def features(problem: LayerProblem, exchange: Exchange, worker: int) -> Features
     return Features(kept_columns(problem, exchange.chosen_values, worker), codes, problem.columns)
 
 
+def covered(block: NDArray[np.float64], encoder: NDArray[np.floating]) -> NDArray[np.float64]:
+    """W (R ⊗ I)ᵀ (R ⊗ I), (rows, v, b): what a code R (r, v) of orthonormal rows covers of weights W (rows, v, b)."""
+    decoder = np.einsum("mvb,rv->mrb", block, encoder)
+    return np.asarray(np.einsum("mrb,rv->mvb", decoder, encoder))
+
+
 def _slice(columns: NDArray[np.int64]) -> slice | NDArray[np.int64]:
     """The columns as a slice where they are a run, which spares a copy."""
     if len(columns) and columns[-1] - columns[0] == len(columns) - 1 and (np.diff(columns) == 1).all():

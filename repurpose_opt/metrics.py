@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from repurpose_opt.exchange import Code, Exchange, Values
-from repurpose_opt.knowledge import features, had_columns
+from repurpose_opt.knowledge import covered, features, had_columns
 from repurpose_opt.problem import LayerProblem, Weight, by_row_blocks, dense, row_blocks, times, weighted_squares
 
 TOLERANCE = 1e-9
@@ -238,10 +238,8 @@ def _outside_codes(
     assert problem.value_columns is not None
     for source, code in exchange.codes_to(worker):
         columns = problem.value_columns[problem.input_owner == source]
-        covered = block[:, columns]
-        rounding = 1e3 * np.finfo(weight.dtype).eps * np.abs(covered).max(initial=0.0)
-        decoder = np.einsum("mvb,rv->mrb", covered, code.encoder)
-        left = covered - np.einsum("mrb,rv->mvb", decoder, code.encoder)
+        rounding = 1e3 * np.finfo(weight.dtype).eps * np.abs(block[:, columns]).max(initial=0.0)
+        left = block[:, columns] - covered(block[:, columns], code.encoder)
         block[:, columns] = np.where(np.abs(left) > rounding, left, 0.0)
     return int(np.count_nonzero(block))
 

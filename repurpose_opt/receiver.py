@@ -219,6 +219,14 @@ def _receiver(problem: LayerProblem, worker: int, rows: NDArray[np.int64]) -> Re
     )
 
 
+def row_space(block: NDArray[np.float64], rounding: float) -> NDArray[np.float64]:
+    """(rank, n_p) orthonormal rows that span those of a block; `rounding` is relative to its largest singular value."""
+    if block.size == 0:
+        return np.zeros((0, block.shape[1]))
+    _, values, right = np.linalg.svd(block, full_matrices=False)
+    return right[values > rounding * values.max(initial=0.0)]
+
+
 def expanded(encoder: NDArray[np.float64], width: int) -> NDArray[np.float64]:
     """(R ⊗ I)ᵀ (n_p·b, numbers·b) on the columns of the values, for R (numbers, n_p) and b columns a value."""
     return np.asarray(np.kron(encoder.T, np.eye(width)), dtype=np.float64)
@@ -266,12 +274,24 @@ def _whitened(
             return residual / factor, factor
         factor = lower_factor(variance)
         return solve_triangular(factor, residual.T, lower=True).T, factor
-    full = np.diag(variance) if variance.ndim == 1 else variance
-    count = len(full) // width
-    blocks = full.reshape(count, width, count, width)
-    factor = lower_factor(np.einsum("viwi->vw", blocks) / width)
+    factor, within = kronecker_factors(np.diag(variance) if variance.ndim == 1 else variance, width)
+    count = len(factor)
     inverse = solve_triangular(factor, np.eye(count), lower=True)
-    within = np.einsum("uv,viwj,uw->ij", inverse, blocks, inverse, optimize=True) / count
     columns = np.einsum("uv,rvi->rui", inverse, residual.reshape(-1, count, width), optimize=True)
-    columns = solve_triangular(lower_factor(within), columns.reshape(-1, width).T, lower=True)
+    columns = solve_triangular(within, columns.reshape(-1, width).T, lower=True)
     return columns.T.reshape(-1, count, width).swapaxes(1, 2).reshape(-1, count), factor
+
+
+def kronecker_factors(moment: NDArray[np.float64], width: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """F (n_p, n_p) and G (b, b), lower, with F Fᵀ ⊗ G Gᵀ near a moment (n_p·b, n_p·b), equal to it for b = 1.
+
+    From its means over the b columns of a value and, made uncorrelated by F, over the values.
+    """
+    if width == 1:
+        return lower_factor(moment), np.eye(1)
+    count = len(moment) // width
+    blocks = moment.reshape(count, width, count, width)
+    values = lower_factor(np.einsum("viwi->vw", blocks) / width)
+    inverse = solve_triangular(values, np.eye(count), lower=True)
+    within = np.einsum("uv,viwj,uw->ij", inverse, blocks, inverse, optimize=True) / count
+    return values, lower_factor(within)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from repurpose_opt.exchange import Code, Exchange, Message, Values
 from repurpose_opt.metrics import priced_volume, weighted_error
 from repurpose_opt.problem import LayerProblem, dense
-from repurpose_opt.receiver import Receiver, Spectrum, receivers, spectrum_of
+from repurpose_opt.receiver import Receiver, Spectrum, receivers, row_space, spectrum_of
 
 if TYPE_CHECKING:
     from repurpose_opt.formulation.volume import Volume
@@ -62,16 +63,20 @@ def select_codes(
     The best there is where the sources of a receiver are uncorrelated beside its own values (Eckart–Young). A link
     that sends all of its numbers sends the row space of W̃_kp if that is no more: if all links do, nothing is lost.
     """
-    found = receivers(formulation.judged(problem), owner)
+    judged = formulation.judged(problem)
+    found = receivers(judged, owner)
     spectra = {(p, *(end.worker for end in ends)): spectrum_at(ends, p) for p, ends in links_of(problem, found)}
+
+    @cache  # asked for again and again by the bisection below
+    def lossless(link: Link) -> NDArray[np.float64]:
+        return _lossless(judged, owner, link)
 
     def exchange(counts: Counts) -> Exchange:
         encoders = {}
         for link, count in counts.items():
             encoders[link] = spectra[link].encoder(count)
             if 0 < count == len(spectra[link].gains):
-                whole = _row_space(formulation.judged(problem), owner, link)
-                encoders[link] = whole if len(whole) <= count else encoders[link]
+                encoders[link] = lossless(link) if len(lossless(link)) <= count else encoders[link]
         return exchange_of(problem, encoders)
 
     ranking = _Ranking.of(spectra, cost_of_numbers(problem, formulation, owner))
@@ -113,7 +118,7 @@ def stacked(parts: Sequence[tuple[NDArray[np.float64], NDArray[np.float64]]], en
     return spectrum_of(residual, variance, ends[0].width, sum(end.energy for end in ends))
 
 
-def _row_space(problem: LayerProblem, owner: NDArray[np.int64], link: Link) -> NDArray[np.float64]:
+def _lossless(problem: LayerProblem, owner: NDArray[np.int64], link: Link) -> NDArray[np.float64]:
     """The row space of W̃_kp over the rows that count at all targets of a link, (rank, n_p): what loses nothing."""
     assert problem.value_columns is not None
     rows = np.flatnonzero(np.isin(owner[problem.row_neuron], link[1:]) & (problem.output_weight > 0))
@@ -121,8 +126,8 @@ def _row_space(problem: LayerProblem, owner: NDArray[np.int64], link: Link) -> N
     scale = np.sqrt(problem.moments.variance[columns].mean(axis=1))  # in units of what the values vary
     scale[scale == 0] = 1.0
     block = np.asarray(dense(problem.target_weight[rows])[:, columns], dtype=np.float64).swapaxes(1, 2) * scale
-    _, values, right = np.linalg.svd(block.reshape(-1, len(columns)), full_matrices=False)
-    return right[values > len(columns) * np.finfo(problem.weight.dtype).eps * values.max(initial=0.0)] / scale
+    rounding = len(columns) * float(np.finfo(problem.weight.dtype).eps)
+    return row_space(block.reshape(-1, len(columns)), rounding) / scale
 
 
 def exchange_of(problem: LayerProblem, encoders: Mapping[Link, NDArray[np.float64]]) -> Exchange:

@@ -11,7 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repurpose_opt.exchange import Code, Exchange, Message, Values
+from repurpose_opt.knowledge import covered
 from repurpose_opt.problem import LayerProblem, Weight, dense
+from repurpose_opt.receiver import row_space
 from repurpose_opt.repair import restrict
 
 LARGEST_LOSS = 1e-9
@@ -23,7 +25,7 @@ def select_ranks(problem: LayerProblem, owner: NDArray[np.int64]) -> Exchange:
     messages: dict[tuple[int, int], Message] = {}
     for source, target, block in _blocks(problem, owner):
         unit = _unit(problem, source)
-        basis = _row_space(block * unit, float(np.finfo(problem.weight.dtype).eps)) / unit
+        basis = row_space(block * unit, max(block.shape) * float(np.finfo(problem.weight.dtype).eps)) / unit
         reads = np.flatnonzero(block.any(axis=0))
         if len(basis) == len(reads):
             if len(reads):
@@ -46,9 +48,7 @@ def project_on_messages(problem: LayerProblem, owner: NDArray[np.int64], exchang
         for source, code in exchange.codes_to(target):
             columns = problem.value_columns[problem.input_owner == source]
             block = dense(problem.weight[rows])[:, columns].astype(np.float64)
-            decoder = np.einsum("mvb,rv->mrb", block, code.encoder)
-            covered = np.einsum("mrb,rv->mvb", decoder, code.encoder)
-            projected[np.ix_(rows, columns.ravel())] = covered.reshape(len(rows), -1)
+            projected[np.ix_(rows, columns.ravel())] = covered(block, code.encoder).reshape(len(rows), -1)
     projected = projected.astype(problem.weight.dtype)
     return type(problem.weight)(projected) if problem.is_sparse else projected
 
@@ -86,13 +86,8 @@ def _blocks(problem: LayerProblem, owner: NDArray[np.int64]) -> Iterator[tuple[i
     for source in np.unique(problem.input_owner).tolist():
         for target in np.unique(row_owner).tolist():
             if source != target:
-                yield (
-                    source,
-                    target,
-                    _on_support(problem, source, np.flatnonzero(row_owner == target)).reshape(
-                        -1, (problem.input_owner == source).sum()
-                    ),
-                )
+                block = _on_support(problem, source, np.flatnonzero(row_owner == target))
+                yield source, target, block.reshape(-1, block.shape[2])
 
 
 def _on_support(problem: LayerProblem, source: int, rows: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -123,14 +118,6 @@ def _unit(problem: LayerProblem, source: int) -> NDArray[np.float64]:
     return np.where(unit > 0, unit, 1.0)
 
 
-def _row_space(block: NDArray[np.float64], rounding: float) -> NDArray[np.float64]:
-    """(rank, n_p) orthonormal rows that span those of a block of weights, to a relative rounding."""
-    if block.size == 0:
-        return np.zeros((0, block.shape[1]))
-    _, values, right = np.linalg.svd(block, full_matrices=False)
-    return right[values > max(block.shape) * rounding * values.max(initial=0.0)]
-
-
 def _added_rank(
     block: NDArray[np.float64], row_neuron: NDArray[np.int64], there: NDArray[np.bool_], rounding: float
 ) -> NDArray[np.float64]:
@@ -140,7 +127,8 @@ def _added_rank(
     """
     is_there = there[row_neuron]
     flat = block.reshape(-1, block.shape[2])
-    basis = _row_space(block[is_there].reshape(-1, block.shape[2]), rounding)
+    reads = block[is_there].reshape(-1, block.shape[2])
+    basis = row_space(reads, max(reads.shape) * rounding)
     left = flat - (flat @ basis.T) @ basis
     size = np.linalg.norm(flat, axis=1)
     adds = np.linalg.norm(left, axis=1) > 1e-5 * np.maximum(size, np.finfo(float).tiny)

@@ -19,7 +19,7 @@ from repurpose_opt.problem import LayerProblem
 from repurpose_opt.receiver import receivers
 from repurpose_opt.solver import Candidate, Deadline, SolveOptions, Termination
 from repurpose_opt_solvers.chosen_values import best_values
-from repurpose_opt_solvers.received import Line, Received, Sent
+from repurpose_opt_solvers.received import Line, Received, Sent, without_codes
 
 MOST_SWEEPS = 40
 SMALLEST_FALL = 1e-4
@@ -38,9 +38,7 @@ class CodeDescent:
     sends_codes = True
 
     def supports(self, problem: LayerProblem, formulation: Formulation) -> str | None:
-        if not (isinstance(formulation, Volume) and formulation.sends_codes):
-            return 'codes need Volume(messages="codes") or "mixed"'
-        return None
+        return without_codes(formulation)
 
     def solve(
         self,

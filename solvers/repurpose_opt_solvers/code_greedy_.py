@@ -18,6 +18,7 @@ from repurpose_opt.moments import lower_factor
 from repurpose_opt.problem import LayerProblem
 from repurpose_opt.receiver import Receiver, Source, expanded, receivers, strongest
 from repurpose_opt.solver import Candidate, Deadline, SolveOptions, Termination
+from repurpose_opt_solvers.received import without_codes
 
 
 class CodeGreedy:
@@ -28,9 +29,8 @@ class CodeGreedy:
     sends_codes = True
 
     def supports(self, problem: LayerProblem, formulation: Formulation) -> str | None:
-        if not (isinstance(formulation, Volume) and formulation.sends_codes):
-            return 'codes need Volume(messages="codes") or "mixed"'
-        return "it sends to each receiver by itself, links are broadcast" if problem.broadcast else None
+        alone = "it sends to each receiver by itself, links are broadcast" if problem.broadcast else None
+        return without_codes(formulation) or alone
 
     def solve(
         self,

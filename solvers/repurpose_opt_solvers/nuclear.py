@@ -15,9 +15,9 @@ from itertools import islice, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import block_diag, cho_factor, cho_solve, cholesky, eigvalsh, solve_triangular
+from scipy.linalg import block_diag, cho_factor, cho_solve, eigvalsh, solve_triangular
 
-from repurpose_opt.receiver import Receiver
+from repurpose_opt.receiver import Receiver, kronecker_factors
 
 Floats = NDArray[np.float64]
 TOLERANCE = 1e-9
@@ -149,7 +149,7 @@ def _whitened(receiver: Receiver, size: Floats, moment: Floats, metric: Floats) 
     spans, sources = _spans(receiver), tuple(receiver.values)
     factors, whole = [], []
     for span in spans:
-        values, within = _kronecker_factors(metric[span, span], receiver.width)
+        values, within = kronecker_factors(metric[span, span], receiver.width)
         factors.append(values)
         whole.append(np.kron(values, within))
     root = block_diag(*whole)
@@ -169,18 +169,6 @@ def _whitened(receiver: Receiver, size: Floats, moment: Floats, metric: Floats) 
         solve_triangular(root, half.T, lower=True),
         receiver.energy,
     )
-
-
-def _kronecker_factors(metric: Floats, width: int) -> tuple[Floats, Floats]:
-    """F (n_p, n_p) and G (b, b) with F Fᵀ ⊗ G Gᵀ near a metric (n_p·b, n_p·b), equal to it for b = 1."""
-    if width == 1:
-        return cholesky(metric, lower=True), np.eye(1)
-    count = len(metric) // width
-    blocks = metric.reshape(count, width, count, width)
-    values = cholesky(np.einsum("viwi->vw", blocks) / width, lower=True)
-    inverse = solve_triangular(values, np.eye(count), lower=True)
-    within = np.einsum("uv,viwj,uw->ij", inverse, blocks, inverse, optimize=True) / count
-    return values, cholesky(within, lower=True)
 
 
 # ------------------------------------------------------------------------------------------------- the nuclear norm

@@ -31,7 +31,7 @@ from repurpose_opt_solvers.nuclear import (
     lower_bound,
     merged_bound,
 )
-from repurpose_opt_solvers.received import Received, Sent
+from repurpose_opt_solvers.received import Received, Sent, without_codes
 from repurpose_opt_solvers.threshold_ import Threshold
 
 Solver = Callable[[int, CodeProblem, float, "Floats | None"], NuclearSolution]
@@ -80,8 +80,10 @@ class Choice:
 
 def supports(problem: LayerProblem, formulation: Formulation) -> str | None:
     """Why the nuclear norm does not serve a formulation, or None."""
-    if not (isinstance(formulation, Volume) and formulation.sends_codes):
-        return 'codes need Volume(messages="codes") or "mixed"'
+    reason = without_codes(formulation)
+    if reason is not None:
+        return reason
+    assert isinstance(formulation, Volume)
     if formulation.mac_price > 0:
         return "the penalty stands for the numbers sent: mac_price 0 only"
     if problem.broadcast:

@@ -10,10 +10,18 @@ from numpy.typing import NDArray
 from scipy.linalg import solve_triangular
 
 from repurpose_opt.exchange import Exchange, Values
+from repurpose_opt.formulation import Formulation, Volume
 from repurpose_opt.formulation.codes import Link, stacked
 from repurpose_opt.moments import lower_factor
 from repurpose_opt.problem import LayerProblem
 from repurpose_opt.receiver import Receiver, Spectrum, expanded, spectrum_of
+
+
+def without_codes(formulation: Formulation) -> str | None:
+    """Why a pruner that chooses codes does not serve a formulation, or None."""
+    if isinstance(formulation, Volume) and formulation.sends_codes:
+        return None
+    return 'codes need Volume(messages="codes") or "mixed"'
 
 
 @dataclass(frozen=True, eq=False)
