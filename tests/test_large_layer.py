@@ -72,7 +72,7 @@ def test_time_that_grows_with_the_cube_has_exponent_3() -> None:
         for n in (9, 10, 40)
     ]
     expected = {"calibration_seconds": 1, "solve_seconds": 3, "cpu_seconds": 2}
-    assert large_layer._exponents(rows) == pytest.approx(expected)
+    assert large_layer.exponents(rows) == pytest.approx(expected)
 
 
 def test_the_layer_has_the_shape_and_the_spectra_that_it_states() -> None:
@@ -89,14 +89,14 @@ def test_the_layer_has_the_shape_and_the_spectra_that_it_states() -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read from Linux's /proc")
 def test_the_peak_is_what_was_allocated_since() -> None:
-    before = large_layer._restart_peak()
+    before = large_layer.restart_peak()
     array = np.ones(4 << 20)  # 32 MB
     del array
-    assert 30e6 < large_layer._resident("VmHWM") - before < 60e6
+    assert 30e6 < large_layer.resident("VmHWM") - before < 60e6
 
 
 def test_the_error_on_samples_is_that_of_the_outputs() -> None:
     samples = np.array([[1.0, 0.0], [0.0, 2.0]], dtype=np.float32)
     weight, pruned = np.eye(2, dtype=np.float32), np.diag([1.0, 0.0]).astype(np.float32)
     # Outputs (1, 0), (0, 2) against (1, 0), (0, 0), with a bias of 1 on the second: errors 1 and 1 of energy 5.
-    assert large_layer._nmse_on(samples, weight, pruned, np.array([0.0, 1.0])) == pytest.approx(2 / 5)
+    assert large_layer.nmse_on(samples, weight, pruned, np.array([0.0, 1.0])) == pytest.approx(2 / 5)

@@ -10,34 +10,33 @@ from __future__ import annotations
 
 import argparse
 import cProfile
-import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from repurpose_opt import LayerProblem, Moments, SolveOptions, Volume
 from repurpose_opt.solve import solve_problem
-from repurpose_opt_benchmarks import ONE_THREAD, RESULTS, environment
+from repurpose_opt_benchmarks import RESULTS, environment
 from repurpose_opt_benchmarks.large_layer import (
+    GROWING,
+    QUICK_SIZES,
     SEED,
     SHAPE,
     SIZES,
     WORKERS,
-    _nmse_on,
-    _Profile,
-    _resident,
-    _restart_peak,
+    Profile,
+    exponents,
     generate,
+    measure_alone,
+    nmse_on,
+    resident,
+    restart_peak,
 )
 from repurpose_opt_benchmarks.report import bar, bar_line, machine_line, table, write
 
-QUICK_SIZES = (64, 128)
 BUDGET = 0.01
 DEFAULT = "default"
 CHAINS = ("threshold", "code-greedy", "code-greedy+code-descent")
@@ -52,7 +51,6 @@ PARTS = {
 }
 """Where the default spends its time: functions that do not call each other, by file and name."""
 _MOST_SECONDS = 300.0
-_GROWING = ("calibration_seconds", "solve_seconds", "cpu_seconds")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.most_inputs < SIZES[1]:
         parser.error(f"--most-inputs {args.most_inputs}: at least {SIZES[1]}, growth needs two sizes")
     sizes = QUICK_SIZES if args.quick else [n for n in SIZES if n <= args.most_inputs]
-    rows = [measure_alone(mode, n) for n in sizes for mode in MODES]
+    rows = [measure_alone(__spec__.name, mode, n) for n in sizes for mode in MODES]
     report = {
         "command": "python -m repurpose_opt_benchmarks codes-large"
         + (f" --most-inputs {args.most_inputs}" if args.most_inputs < SIZES[-1] else ""),
@@ -80,16 +78,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def measure_alone(mode: str, n: int) -> dict[str, Any]:
-    """`measure` in a fresh process with one thread."""
-    code = f"import json; from {__spec__.name} import measure; print(json.dumps(measure{mode, n}))"
-    environ = {**os.environ, **ONE_THREAD}
-    done = subprocess.run([sys.executable, "-c", code], env=environ, stdout=subprocess.PIPE, text=True, check=True)
-    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    print(f"{mode}, n = {n}: {row['seconds']:.1f} s, NMSE {row['nmse']:.4f}", file=sys.stderr)
-    return row
-
-
 def measure(mode: str, n: int) -> dict[str, Any]:
     """One solve, its time by parts, its peak memory and its errors on the calibration and the held-out samples."""
     layer = generate(n)
@@ -97,7 +85,7 @@ def measure(mode: str, n: int) -> dict[str, Any]:
         LayerProblem.create(layer.weight[:64, :64], WORKERS, moments=Moments.from_samples(layer.samples[:, :64])), mode
     )
     load = os.getloadavg()[0]
-    before = _restart_peak()
+    before = restart_peak()
     began, cpu_began = time.perf_counter(), time.process_time()
     moments = Moments.from_batches(layer.batches())
     calibrated = time.perf_counter()
@@ -107,7 +95,7 @@ def measure(mode: str, n: int) -> dict[str, Any]:
     profile = cProfile.Profile()  # its overhead is below a hundredth on such arrays
     solution = profile.runcall(_solve, problem, mode)
     solved, cpu_solved = time.perf_counter(), time.process_time()
-    peak = _resident("VmHWM") - before
+    peak = resident("VmHWM") - before
     assert solution.exchange is not None
     assert solution.bias is not None
     found = _parts(profile)
@@ -128,7 +116,7 @@ def measure(mode: str, n: int) -> dict[str, Any]:
         "peak_per_weight_bytes": peak / layer.weight.nbytes,
         "objective": solution.objective,
         "nmse": solution.nmse,
-        "held_out_nmse": _nmse_on(layer.held_out, layer.weight, solution.weight, solution.bias),
+        "held_out_nmse": nmse_on(layer.held_out, layer.weight, solution.weight, solution.bias),
         "volume_fraction": solution.volume / problem.direct_volume,
         "numbers": sum(numbers),
         "most_numbers": max(numbers, default=0),
@@ -147,11 +135,11 @@ def _solve(problem: LayerProblem, mode: str) -> Any:
 
 def _parts(profile: cProfile.Profile) -> dict[str, float]:
     """Cumulative seconds of PARTS, those that ran."""
-    found = _Profile(profile)
+    found = Profile(profile)
     return {
-        name: sum(found.seconds(*place) for place in places if place in found._of)
+        name: sum(found.seconds(*place) for place in places if found.has(*place))
         for name, places in PARTS.items()
-        if any(place in found._of for place in places)
+        if any(found.has(*place) for place in places)
     }
 
 
@@ -162,13 +150,6 @@ def bars(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             yield bar("seconds, default, calibration included", row["seconds"], most=_MOST_SECONDS)
             yield bar("volume as a share of direct", row["volume_fraction"], most=BUDGET)
             yield bar("violations", float(row["violations"]), most=0)
-
-
-def exponents(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """e of seconds ∝ inputs^e between the two largest layers of one mode; CPU seconds depend least on the load."""
-    small, large = sorted(rows, key=lambda row: row["inputs"])[-2:]
-    doublings = np.log2(large["inputs"] / small["inputs"])
-    return {name: float(np.log2(large[name] / small[name]) / doublings) for name in _GROWING}
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -187,7 +168,7 @@ def markdown(report: dict[str, Any]) -> str:
             for row in rows
             if row["mode"] == mode
         ]  # fmt: skip
-        grown = [f"n^{report['exponents'][mode][name]:.1f}" for name in _GROWING]
+        grown = [f"n^{report['exponents'][mode][name]:.1f}" for name in GROWING]
         cells.append(("last two", mode, *grown, *[""] * 6))
     lines = ["# Codes for a large layer", "", *str(__doc__).strip().split("\n"), ""]
     lines += [f"P = {WORKERS}, budget {BUDGET:.0%}; neurons = inputs · {SHAPE[0]} / {SHAPE[1]}.", ""]

@@ -50,7 +50,7 @@ PARTS = {
 """Where a solve on full moments spends its time: functions that do not call each other, by file and name."""
 _MOST_SECONDS = {"diagonal": 30.0, "full": 600.0}
 _MOST_PEAK = 3.0
-_GROWING = ("calibration_seconds", "solve_seconds", "cpu_seconds")
+GROWING = ("calibration_seconds", "solve_seconds", "cpu_seconds")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,13 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.most_inputs < SIZES[1]:
         parser.error(f"--most-inputs {args.most_inputs}: at least {SIZES[1]}, growth needs two sizes")
     sizes = QUICK_SIZES if args.quick else [n for n in SIZES if n <= args.most_inputs]
-    rows = [measure_alone(mode, n) for n in sizes for mode in MODES]
+    rows = [measure_alone(__spec__.name, mode, n) for n in sizes for mode in MODES]
     report = {
         "command": "python -m repurpose_opt_benchmarks large-layer"
         + (f" --most-inputs {args.most_inputs}" if args.most_inputs < SIZES[-1] else ""),
         "environment": environment(),
         "bars": list(_bars(rows)),
-        "exponents": {mode: _exponents([row for row in rows if row["mode"] == mode]) for mode in MODES},
+        "exponents": {mode: exponents([row for row in rows if row["mode"] == mode]) for mode in MODES},
         "rows": rows,
     }
     print(markdown(report))
@@ -78,9 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def measure_alone(mode: str, n: int) -> dict[str, Any]:
-    """`measure` in a fresh process with one thread."""
-    code = f"import json; from {__spec__.name} import measure; print(json.dumps(measure{mode, n}))"
+def measure_alone(module: str, mode: str, n: int) -> dict[str, Any]:
+    """`measure` of a module in a fresh process with one thread."""
+    code = f"import json; from {module} import measure; print(json.dumps(measure{mode, n}))"
     environ = {**os.environ, **ONE_THREAD}
     done = subprocess.run([sys.executable, "-c", code], env=environ, stdout=subprocess.PIPE, text=True, check=True)
     row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -93,11 +93,11 @@ def measure(mode: str, n: int) -> dict[str, Any]:
     layer = generate(n)
     _solve_diagonal(Layer(layer.weight[:64, :64], layer.samples[:128, :64], layer.held_out[:, :64]))  # imports
     load = os.getloadavg()[0]
-    before = _restart_peak()
+    before = restart_peak()
     began, cpu_began = time.perf_counter(), time.process_time()
     measured = (_measure_diagonal if mode == "diagonal" else _measure_full)(layer, mode)
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
-    peak = _resident("VmHWM") - before
+    peak = resident("VmHWM") - before
     solution = measured.solution
     assert solution.bias is not None
     row = {
@@ -116,7 +116,7 @@ def measure(mode: str, n: int) -> dict[str, Any]:
         "peak_per_weight_bytes": peak / layer.weight.nbytes,
         "objective": solution.objective,
         "nmse": solution.nmse,
-        "held_out_nmse": _nmse_on(layer.held_out, layer.weight, solution.weight, solution.bias),
+        "held_out_nmse": nmse_on(layer.held_out, layer.weight, solution.weight, solution.bias),
         "volume_fraction": solution.volume / solution.problem.direct_volume,
         "violations": len(solution.violations),
         "termination": str(solution.termination),
@@ -160,7 +160,7 @@ class _Measured:
 def _measure_diagonal(layer: Layer, _: str) -> _Measured:
     profile = cProfile.Profile()
     solution = profile.runcall(_solve_diagonal, layer)
-    found = _Profile(profile)
+    found = Profile(profile)
     return _Measured(solution, found.seconds("moments.py", "from_batches"), {}, {})
 
 
@@ -185,7 +185,7 @@ def _measure_full(layer: Layer, mode: str) -> _Measured:
     solution = profile.runcall(solve_problem, problem, Volume(budget=BUDGET), SolveOptions(seed=SEED), pruner=pruner)
     assert solution.nmse >= 0
     solved = time.perf_counter()
-    found = _Profile(profile)
+    found = Profile(profile)
     parts = {"products": prepared - calibrated}
     parts |= {name: found.seconds(*place) for name, place in PARTS.items() if mode == "full" or name != "swaps, tabu"}
     parts["rest"] = solved - calibrated - sum(parts.values())
@@ -198,7 +198,7 @@ def _measure_full(layer: Layer, mode: str) -> _Measured:
     return _Measured(solution, calibrated - began, parts, calls)
 
 
-class _Profile:
+class Profile:
     """Cumulative seconds and calls of functions, by the names of their file and themselves."""
 
     def __init__(self, profile: cProfile.Profile) -> None:
@@ -207,6 +207,10 @@ class _Profile:
 
     def seconds(self, file: str, function: str) -> float:
         return float(self._of[file, function][3])
+
+    def has(self, file: str, function: str) -> bool:
+        """Whether it was called."""
+        return (file, function) in self._of
 
     def calls(self, file: str, function: str) -> int:
         return int(self._of[file, function][1])
@@ -220,17 +224,17 @@ def _refitted_diagonal(layer: Layer, problem: LayerProblem) -> dict[str, float]:
     bias = corrected_bias(problem, weight)
     return {
         "refitted_diagonal_nmse": metrics.nmse(problem, choice.owner, weight, bias),
-        "refitted_diagonal_held_out_nmse": _nmse_on(layer.held_out, layer.weight, weight, bias),
+        "refitted_diagonal_held_out_nmse": nmse_on(layer.held_out, layer.weight, weight, bias),
     }
 
 
-def _nmse_on(samples: NDArray[np.float32], weight: Any, pruned: Any, bias: NDArray[np.float64]) -> float:
+def nmse_on(samples: NDArray[np.float32], weight: Any, pruned: Any, bias: NDArray[np.float64]) -> float:
     output = samples @ weight.T
     error = np.square(output - samples @ pruned.T - bias.astype(np.float32)).sum(dtype=np.float64)
     return float(error / np.square(output).sum(dtype=np.float64))
 
 
-def _resident(key: str) -> int:
+def resident(key: str) -> int:
     """Bytes of VmHWM, the peak of the resident set, or VmRSS, what it is now; 0 where Linux's /proc is not there."""
     status = Path("/proc/self/status")
     if not status.exists():
@@ -238,12 +242,12 @@ def _resident(key: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith(key))
 
 
-def _restart_peak() -> int:
+def restart_peak() -> int:
     """VmHWM starts anew from what is resident now, in bytes."""
     clear = Path("/proc/self/clear_refs")
     if clear.exists():
         clear.write_text("5")
-    return _resident("VmHWM")
+    return resident("VmHWM")
 
 
 def _bars(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -260,11 +264,11 @@ def _bars(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         )
 
 
-def _exponents(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+def exponents(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     """e of seconds ∝ inputs^e between the two largest layers of one mode; CPU seconds depend least on the load."""
     small, large = sorted(rows, key=lambda row: row["inputs"])[-2:]
     doublings = np.log2(large["inputs"] / small["inputs"])
-    return {name: float(np.log2(large[name] / small[name]) / doublings) for name in _GROWING}
+    return {name: float(np.log2(large[name] / small[name]) / doublings) for name in GROWING}
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -282,7 +286,7 @@ def markdown(report: dict[str, Any]) -> str:
             for row in rows
             if row["mode"] == mode
         ]  # fmt: skip
-        grown = [f"n^{report['exponents'][mode][name]:.1f}" for name in _GROWING]
+        grown = [f"n^{report['exponents'][mode][name]:.1f}" for name in GROWING]
         cells.append(("last two", mode, *grown, *[""] * 5))
     lines = ["# Large layer", "", *str(__doc__).strip().split("\n"), "", _setting(), "", *table(header, cells), ""]
     lines += [*_errors(rows), ""]
