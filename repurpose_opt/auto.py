@@ -27,7 +27,7 @@ _MOST_NEURONS_PROVED = 128
 
 def auto_partitioner(problem: LayerProblem, formulation: Formulation, time_limit: float | None = None) -> str:
     """The chain for a problem; `NAME@SHARE` limits a stage to that share of the time that is left."""
-    if formulation.name == "volume":
+    if formulation.selection.name == "volume":
         return "compensated"
     if formulation.assignment_is_exact:
         if not problem.has_equal_loads:
@@ -45,6 +45,7 @@ def auto_pruner(problem: LayerProblem, formulation: Formulation) -> str:
     group-omp alone where the busiest worker counts; code-greedy+code-descent where codes may be sent.
     benchmarks/results/pruning.md and codes.md compare them.
     """
+    formulation = formulation.selection
     if formulation.name != "volume" or formulation.selection_is_exact(problem):
         return "threshold"
     if formulation.sends_codes:

@@ -38,6 +38,10 @@ class Onward(Formulation):
     def sends_codes(self) -> bool:
         return self.formulation.sends_codes
 
+    @property
+    def selection(self) -> Formulation:
+        return self.formulation.selection
+
     def supports(self, problem: LayerProblem) -> str | None:
         return self.formulation.supports(problem)
 

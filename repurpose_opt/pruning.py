@@ -55,7 +55,7 @@ class PrunerChain:
             within = time_left(options, deadline)
             start = None if found.best is None else found.best.exchange
             try:
-                candidate = pruner.solve(problem, formulation, within, owner, start)
+                candidate = _chosen(pruner, problem, formulation, within, owner, start)
             except Exception as error:
                 if found.best is None or isinstance(error, RepurposeError):
                     raise
@@ -68,7 +68,26 @@ class PrunerChain:
 def _unsupported(pruner: Pruner, problem: LayerProblem, formulation: Formulation) -> str | None:
     if formulation.sends_codes and not getattr(pruner, "sends_codes", False):
         return "it chooses values, not codes"
-    return pruner.supports(problem, formulation)
+    return pruner.supports(problem, formulation.selection)
+
+
+def _chosen(
+    pruner: Pruner | PrunerChain,
+    problem: LayerProblem,
+    formulation: Formulation,
+    options: SolveOptions,
+    owner: NDArray[np.int64],
+    start: Exchange | None = None,
+) -> Candidate:
+    """A pruner's answer, by the formulation that chooses messages; what it claims holds for that one only."""
+    if isinstance(pruner, PrunerChain):
+        return pruner.solve(problem, formulation, options, owner)
+    candidate = pruner.solve(problem, formulation.selection, options, owner, start)
+    if formulation.selection is formulation:
+        return candidate
+    proved = candidate.termination is Termination.OPTIMAL
+    termination = Termination.HEURISTIC if proved else candidate.termination
+    return replace(candidate, termination=termination, bound=None, surrogate_bound=None, claimed_objective=None)
 
 
 @dataclass
@@ -125,14 +144,14 @@ class Pruning:
     def _stage(self, pruner: Pruner, owner: NDArray[np.int64], start: Exchange | None) -> Candidate:
         if start is None:
             return self._remembered(pruner, owner)
-        pruned = pruner.solve(self.problem, self.formulation, self.options(), np.array(owner), start)
+        pruned = _chosen(pruner, self.problem, self.formulation, self.options(), np.array(owner), start)
         return self._for_these_owners(pruned)
 
     def _remembered(self, pruner: Pruner | PrunerChain, owner: NDArray[np.int64]) -> Candidate:
         owner = np.array(owner)  # a copy: a local search changes its array in place
         key = (pruner.name, owner.tobytes())  # a partitioner prunes its start again, which is often the costliest step
         if key not in self.pruned:
-            pruned = pruner.solve(self.problem, self.formulation, self.options(), owner)
+            pruned = _chosen(pruner, self.problem, self.formulation, self.options(), owner)
             self.pruned[key] = self._for_these_owners(pruned)
         return self.pruned[key]
 

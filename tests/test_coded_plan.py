@@ -18,7 +18,10 @@ from torch import nn
 
 from repurpose_opt.errors import InvalidArgument, PlanError, UnsupportedModule
 from repurpose_opt.exchange import Code, Exchange, Message, Values
-from repurpose_opt.network.planned import balanced_factors, planned
+from repurpose_opt.network.owners import Owners, Placement
+from repurpose_opt.network.planned import balanced_factors, product_of
+from repurpose_opt.network.sweep import SolvedLayer
+from repurpose_opt.network.trace import trace
 from repurpose_opt.runtime import storage
 from repurpose_opt.runtime.coded import CodedLinear
 from repurpose_opt.runtime.plan import Plan, PlannedCode, PlannedLayer
@@ -50,6 +53,28 @@ def random_layer(
     return Exchange(len(input_owner), P, messages), weight
 
 
+@torch.no_grad()
+def coded_module(
+    layer: PlannedLayer, exchange: Exchange, weight: NDArray[np.floating], bias: NDArray[np.floating]
+) -> nn.Linear | CodedLinear:
+    """The module of V (m, n), which in blocks that a code covers is U R: U decodes what R encodes."""
+    direct, dtype = torch.from_numpy(weight.copy()), torch.from_numpy(weight).dtype
+    module: nn.Linear | CodedLinear = nn.Linear(*weight.T.shape, dtype=dtype)
+    if layer.numbers:
+        module = CodedLinear(*weight.T.shape, layer.numbers, dtype=dtype)
+    for (source, target), message in exchange.messages.items():
+        if isinstance(message, Code):
+            assert isinstance(module, CodedLinear)
+            rows, held, numbers = layer.rows(target), layer.held(source), layer.code_numbers(source, target)
+            decoder, encoder = balanced_factors(weight[np.ix_(rows, held)], message.encoder)
+            module.decoder[np.ix_(rows, numbers)] = torch.from_numpy(decoder).to(dtype)
+            module.encoder[np.ix_(numbers, held)] = torch.from_numpy(encoder).to(dtype)
+            direct[np.ix_(rows, held)] = 0.0
+    module.weight.copy_(direct)
+    module.bias.copy_(torch.from_numpy(bias))
+    return module
+
+
 def coded_plan(
     sizes: Sequence[int],
     P: int,
@@ -67,7 +92,8 @@ def coded_plan(
         owner = rng.integers(0, P, m) if number + 2 < len(sizes) else np.zeros(m, dtype=np.int64)
         exchange, weight = random_layer(input_owner, owner, P, kinds[number], rng)
         bias = rng.normal(size=m).astype(dtype)
-        module, layer = planned(str(2 * number), input_owner, owner, exchange, weight.astype(dtype), bias)
+        layer = PlannedLayer.of_exchange(str(2 * number), input_owner, owner, exchange, bias.itemsize)
+        module = coded_module(layer, exchange, weight.astype(dtype), bias)
         assert n == layer.chosen_values.shape[0]
         modules += [module, nn.Tanh()]
         layers.append(layer)
@@ -88,7 +114,7 @@ def folder(plan: Plan, tmp_path: Path) -> Path:
 
 
 def coded(plan: Plan, number: int = 0) -> CodedLinear:
-    module = plan.linear(plan.layers[number])
+    module = plan.product(plan.layers[number])
     assert isinstance(module, CodedLinear)
     return module
 
@@ -102,10 +128,10 @@ def test_a_plan_computes_what_its_weights_compute(kinds: str) -> None:
     values = expected = torch.randn(7, 14, dtype=torch.float64)
     for layer, weight, activation in zip(plan.layers, weights, [nn.Tanh(), nn.Tanh(), nn.Identity()], strict=True):
         assert np.abs(plan.weight(layer).numpy() - weight).max() < 1e-12
-        assert isinstance(plan.linear(layer), CodedLinear) == any(
+        assert isinstance(plan.product(layer), CodedLinear) == any(
             isinstance(message, PlannedCode) for message in layer.messages.values()
         )
-        expected = activation(expected @ torch.from_numpy(weight).T + plan.linear(layer).bias)
+        expected = activation(expected @ torch.from_numpy(weight).T + plan.product(layer).bias)
     assert (plan.model(values) - expected).abs().max() < 1e-12
 
 
@@ -141,7 +167,10 @@ def test_numbers_that_carry_nothing_are_not_sent(dtype: Any) -> None:
     weight = np.zeros((9, 18))
     weight[:3, 6:12] = np.outer(rng.normal(size=3), rng.normal(size=3) @ code.encoder)  # one number would do
     messages: dict[tuple[int, int], Message] = {(1, 0): code, (2, 0): code, (0, 2): Values(np.array([4, 1]))}
-    module, layer = planned("0", input_owner, owner, Exchange(18, 3, messages), weight.astype(dtype), np.zeros(9))
+    network = trace(nn.Sequential(nn.Linear(18, 9)), torch.zeros(1, 18))
+    owners = Owners(network, Placement(3, input_owner, (0, 1, 2), np.full(3, 1 / 3), None))
+    solved = SolvedLayer(owner, Exchange(18, 3, messages), weight.astype(dtype), np.zeros(9, dtype))
+    module, layer = product_of(network, owners, network.products[0], solved)
     assert layer.messages.keys() == {(1, 0), (0, 2)}
     assert layer.messages[1, 0].size == layer.numbers == 1
     assert isinstance(module, CodedLinear)
@@ -166,9 +195,9 @@ def test_figures_equal_a_count_by_hand(plan: Plan) -> None:
 
 def test_sub_models_make_up_the_model(plan: Plan) -> None:
     for number, layer in enumerate(plan.layers):
-        module = plan.linear(layer)
-        n, numbers = module.in_features, layer.numbers
-        joined, encoder = torch.zeros(module.out_features, n + numbers), torch.zeros(numbers, n)
+        module = plan.product(layer)
+        (m, n), numbers = module.weight.shape, layer.numbers
+        joined, encoder = torch.zeros(m, n + numbers), torch.zeros(numbers, n)
         for worker in range(3):
             part = plan.sub_model(worker)[number]
             joined[np.ix_(part.rows, part.columns)] = part.weight
@@ -216,9 +245,29 @@ def test_load_gives_back_what_was_saved(dtype: Any, tmp_path: Path) -> None:
 def test_a_plan_of_version_1_is_read(tmp_path: Path) -> None:
     plan, _ = coded_plan([14, 11, 5], 3, ["v", "v"])
     plan.save(tmp_path / "plan")
-    manifest = tmp_path / "plan" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"version":2', '"version":1'))
-    assert Plan.load(tmp_path / "plan").volume == plan.volume
+    write_chain(tmp_path / "plan", 1)
+    loaded = Plan.load(tmp_path / "plan")
+    assert loaded.volume == plan.volume
+    values = torch.randn(5, 14)
+    assert torch.equal(loaded.model(values), plan.model(values))
+
+
+def test_a_plan_of_version_2_is_read(plan: Plan, folder: Path) -> None:
+    write_chain(folder, 2)
+    loaded = Plan.load(folder)
+    assert np.array_equal(loaded.traffic(), plan.traffic())
+    values = torch.randn(5, 14)
+    assert torch.equal(loaded.model(values), plan.model(values))
+
+
+def write_chain(folder: Path, version: int) -> None:
+    """Make the manifest of a chain one of version 1 or 2: as those were, without what is new in version 3."""
+    content = json.loads((folder / "manifest.json").read_text())["plan"]
+    content["modules"] = [{key: step[key] for key in ("name", "kind", "arguments")} for step in content.pop("steps")]
+    for layer in content["layers"]:
+        del layer["positions"], layer["weight_macs"]
+    del content["input_owner"], content["input_shape"]
+    write_manifest(folder, content, version)
 
 
 def test_manifests_with_wrong_codes_are_refused_in_one_line(plan: Plan, folder: Path) -> None:
@@ -243,10 +292,10 @@ def test_manifests_with_wrong_codes_are_refused_in_one_line(plan: Plan, folder: 
         (in_message(target=7), "two different workers of 0 … 2"),
         (lambda content: content["layers"][0]["messages"][0].pop("numbers"), "without values or numbers"),
         (lambda content: content["layers"][0]["messages"].append(content["layers"][0]["messages"][0]), "two messages"),
-        (lambda content: content["modules"][0]["arguments"].update(numbers=99), "the module's 99"),
-        (lambda content: content["modules"][0]["arguments"].pop("numbers"), "CodedLinear has arguments"),
-        (lambda content: content["modules"][0].update(kind="Linear"), "Linear has arguments"),
-        (lambda content: content["modules"][0]["arguments"].update(in_features=3), r"\(m, n\)"),
+        (lambda content: content["steps"][0]["arguments"].update(numbers=99), "the module's 99"),
+        (lambda content: content["steps"][0]["arguments"].pop("numbers"), "CodedLinear has arguments"),
+        (lambda content: content["steps"][0].update(kind="Linear"), "Linear has arguments"),
+        (lambda content: content["steps"][0]["arguments"].update(in_features=3), "input_shape: .*at step '0'"),
     ]
     original = json.loads((folder / "manifest.json").read_text())["plan"]
     assert original["layers"][0]["messages"][0] == {"source": source, "target": target, "numbers": message.size}
@@ -293,9 +342,7 @@ def test_encoders_that_do_not_fit_the_manifest_are_refused(plan: Plan, tmp_path:
         for worker in range(3):
             named: dict[str, Any] = {}
             for planned_layer, part in zip(plan.layers, plan.sub_model(worker), strict=True):
-                named[storage.weight_key(planned_layer)] = part.weight
-                named[storage.bias_key(planned_layer)] = part.bias
-                named[storage.encoder_key(planned_layer)] = part.encoder
+                named |= {storage.tensor_key(planned_layer.name, key): value for key, value in part.tensors.items()}
             named |= changes if worker == 2 else {}
             tensors.append({name: tensor for name, tensor in named.items() if tensor is not None})
         storage.write_folder(tmp_path / "plan", plan.manifest(), tensors)
@@ -374,6 +421,6 @@ def test_a_subclass_of_a_coded_layer_is_in_no_plan(plan: Plan) -> None:
     class Other(CodedLinear):
         pass
 
-    plan.model[0] = Other(14, 11, plan.layers[0].numbers).eval()
+    plan.model.add_module("0", Other(14, 11, plan.layers[0].numbers).eval())
     with pytest.raises(UnsupportedModule, match="Other cannot be in a plan"):
         replace(plan)

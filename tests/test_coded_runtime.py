@@ -25,7 +25,7 @@ SAMPLES = 23
 def test_an_exchange_step_hands_over_the_encoded_numbers(kinds: str, batch: int) -> None:
     """Against R x computed message by message from the plan's own encoders."""
     plan, _ = coded_plan([17, 13, 4], 4, [kinds, "-"], seed=2)
-    layer, module = plan.layers[0], plan.linear(plan.layers[0])
+    layer, module = plan.layers[0], plan.product(plan.layers[0])
     values = known = torch.randn(17, batch)
     if isinstance(module, CodedLinear):
         known = torch.cat([values, module.encoder.detach() @ values])

@@ -86,7 +86,9 @@ def test_the_teacher_answers_in_evaluation_mode(monkeypatch: pytest.MonkeyPatch)
     in_training = [training for _, training in answered]
     assert in_training.count(True) == 3
     teaching = answered[answered.index((True, True)) :]
-    assert [training for grad, training in teaching if not grad] == [False] * 3
+    without_gradients = [training for grad, training in teaching if not grad]
+    assert len(without_gradients) >= 3
+    assert not any(without_gradients)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 7])

@@ -11,20 +11,20 @@ from test_network import linear
 from torch import nn
 
 from repurpose_opt.network import baselines
-from repurpose_opt.network.sweep import Placement
-from repurpose_opt.network.trace import Chain, trace
+from repurpose_opt.network.owners import Placement
+from repurpose_opt.network.trace import Network, trace
 from repurpose_opt.runtime.plan import Plan
 
 
-def split(sizes: list[int], n_workers: int) -> tuple[Chain, Placement]:
+def split(sizes: list[int], n_workers: int) -> tuple[Network, Placement]:
     """A network with random weights, its inputs in equal strips, the answer on worker 0."""
     torch.manual_seed(0)
     modules: list[nn.Module] = []
     for n, m in pairwise(sizes):
         modules += [nn.Linear(n, m), nn.Tanh()]
-    chain = trace(nn.Sequential(*modules[:-1]), torch.zeros(1, sizes[0]))
+    network = trace(nn.Sequential(*modules[:-1]), torch.zeros(1, sizes[0]))
     input_owner = np.arange(sizes[0]) * n_workers // sizes[0]
-    return chain, Placement(n_workers, input_owner, (0,), np.full(n_workers, 1 / n_workers), None)
+    return network, Placement(n_workers, input_owner, (0,), np.full(n_workers, 1 / n_workers), None)
 
 
 SMALL = split([4, 4, 1], 2)
@@ -76,7 +76,7 @@ def test_the_demo_by_numbers(direct: Plan) -> None:
 
 def test_the_direct_plan_is_the_model(direct: Plan) -> None:
     samples = torch.randn(5, 6 * 784)
-    assert torch.allclose(direct.model(samples), DEMO[0].model(samples), atol=1e-5)
+    assert torch.allclose(direct.model(samples), DEMO[0].graph(samples), atol=1e-5)
     for layer, m in zip(direct.layers, (384, 192, 96, 10), strict=True):
         assert (np.diff(layer.owner) >= 0).all(), "contiguous"
         sizes = np.bincount(layer.owner, minlength=6)
@@ -87,30 +87,33 @@ def test_late_fusion_sends_the_last_layers_inputs_only() -> None:
     plan = baselines.late_fusion_plan(*DEMO)
     assert [layer.traffic().sum() for layer in plan.layers] == [0, 0, 0, 4 * 80]
     assert plan.layers[-1].traffic()[:, 0].tolist() == [0] + [64] * 5
-    for layer, position in zip(plan.layers[:-1], DEMO[0].linears, strict=False):
-        weight, original = linear(plan.model, position).weight, linear(DEMO[0].model, position).weight
+    for layer in plan.layers[:-1]:
+        weight, original = linear(plan.model, layer.name).weight, linear(DEMO[0].graph, layer.name).weight
         diagonal = torch.from_numpy(layer.owner[:, None] == layer.input_owner[None, :])
         assert torch.equal(weight, original * diagonal)
-    last = DEMO[0].linears[-1]
-    assert torch.equal(linear(plan.model, last).weight, linear(DEMO[0].model, last).weight)
+    last = DEMO[0].products[-1]
+    assert torch.equal(linear(plan.model, last).weight, linear(DEMO[0].graph, last).weight)
 
 
 def test_summed_late_fusion_answers_the_same_in_fewer_numbers() -> None:
     """Ten sums instead of 16 values from each of five workers."""
-    chain, placement = DEMO
+    network, placement = DEMO
     samples = torch.randn(20, 6 * 784)
-    weights = [np.ones(chain.linear(index).out_features) for index in range(4)]
-    plan = baselines.filled_late_fusion_plan(chain, placement, samples, weights, 0)
+    weights = {name: np.ones(len(network.product(name).weight)) for name in network.products}
+    plan = baselines.filled_late_fusion_plan(network, placement, samples, weights, 0)
     assert [layer.traffic().sum() for layer in plan.layers] == [0, 0, 0, 4 * 50]
-    assert torch.allclose(plan.model(samples), baselines.late_fusion_plan(chain, placement).model(samples), atol=1e-5)
+    assert torch.allclose(plan.model(samples), baselines.late_fusion_plan(network, placement).model(samples), atol=1e-5)
 
 
 def test_late_fusion_is_filled_with_the_values_of_most_energy() -> None:
-    chain, placement = DEMO
+    network, placement = DEMO
     samples = torch.randn(50, 6 * 784)
     samples[:, [5, 1000]] *= 30
-    weights = [np.full(chain.linear(index).out_features, (1.0, 1e-6, 1e-6, 1.0)[index]) for index in range(4)]
-    plan = baselines.filled_late_fusion_plan(chain, placement, samples, weights, 60)
+    weights = {
+        name: np.full(len(network.product(name).weight), weight)
+        for name, weight in zip(network.products, (1.0, 1e-6, 1e-6, 1.0), strict=True)
+    }
+    plan = baselines.filled_late_fusion_plan(network, placement, samples, weights, 60)
     assert baselines.cost_of(plan).values_per_sample == 60
     first, last = plan.layers[0], plan.layers[-1]
     assert np.argwhere(first.chosen_values).tolist() == [
@@ -121,30 +124,30 @@ def test_late_fusion_is_filled_with_the_values_of_most_energy() -> None:
 
 
 def test_sparse_keeps_the_largest_weights_and_sends_what_they_read() -> None:
-    chain, placement = SMALL
-    plan = baselines.sparse_plan(chain, placement, [5, 2])
-    for index, kept in enumerate((5, 2)):
-        position = chain.linears[index]
-        weight, original = linear(plan.model, position).weight, linear(chain.model, position).weight
+    network, placement = SMALL
+    numbers = dict(zip(network.products, (5, 2), strict=True))
+    plan = baselines.sparse_plan(network, placement, numbers)
+    for layer in plan.layers:
+        weight, original = linear(plan.model, layer.name).weight, linear(network.graph, layer.name).weight
+        kept = numbers[layer.name]
         assert torch.count_nonzero(weight) == kept
         assert torch.equal(weight[weight != 0], original[weight != 0])
         assert weight[weight != 0].abs().min() >= original[weight == 0].abs().max()
-        layer = plan.layers[index]
         reads = {
             (j, int(layer.owner[i])) for i, j in weight.nonzero().tolist() if layer.owner[i] != layer.input_owner[j]
         }
         assert {(int(j), int(k)) for j, k in np.argwhere(layer.chosen_values)} == reads
 
 
-def test_the_chain_is_not_shared_with_a_plan() -> None:
-    chain, placement = SMALL
-    plan = baselines.direct_plan(chain, placement)
+def test_the_network_is_not_shared_with_a_plan() -> None:
+    network, placement = SMALL
+    plan = baselines.direct_plan(network, placement)
     plan.model.train()
-    assert not any(module.training for module in chain.model.modules())
+    assert not any(module.training for module in network.graph.modules())
 
 
 def test_a_layer_without_bias_stays_without() -> None:
-    chain = trace(nn.Sequential(nn.Linear(4, 3, bias=False).double()), torch.zeros(1, 4))
-    plan = baselines.direct_plan(chain, SMALL[1])
+    network = trace(nn.Sequential(nn.Linear(4, 3, bias=False).double()), torch.zeros(1, 4))
+    plan = baselines.direct_plan(network, SMALL[1])
     assert torch.equal(linear(plan.model, 0).bias, torch.zeros(3).double())
     assert plan.layers[0].value_bytes == 8

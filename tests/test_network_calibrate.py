@@ -104,9 +104,11 @@ def test_wrong_data_are_named(name: str) -> None:
 
 
 def test_labels_are_what_the_loss_takes() -> None:
-    assert checked_labels(LABELS.to(torch.uint8), "cross_entropy", 3).dtype == torch.int64
-    assert torch.equal(checked_labels(TARGETS, "squared_error", 2), TARGETS)
-    assert checked_labels(TARGETS[:, 0], "squared_error", 1).shape == (7, 1)
+    assert checked_labels(LABELS.to(torch.uint8), "cross_entropy", (3,)).dtype == torch.int64
+    assert torch.equal(checked_labels(TARGETS, "squared_error", (2,)), TARGETS)
+    assert checked_labels(TARGETS[:, 0], "squared_error", (1,)).shape == (7, 1)
+    maps = torch.zeros(7, 3, 4, 5)
+    assert checked_labels(maps, "squared_error", (3, 4, 5)).shape == maps.shape
     for labels, loss, outputs, part in (
         (LABELS, "cross_entropy", 2, "labels 0 … 2"),
         (LABELS - 1, "cross_entropy", 3, "labels -1 … 1"),
@@ -114,9 +116,10 @@ def test_labels_are_what_the_loss_takes() -> None:
         (TARGETS.long(), "cross_entropy", 99, r"\(7, 2\)"),
         (LABELS, "squared_error", 3, r"\(7,\)"),
         (TARGETS * torch.inf, "squared_error", 2, "finite"),
+        (maps[:, 1:], "squared_error", (3, 4, 5), r"\(samples, 3, 4, 5\)"),
     ):
         with pytest.raises(InvalidArgument, match=part):
-            checked_labels(labels, loss, outputs)
+            checked_labels(labels, loss, (outputs,) if isinstance(outputs, int) else outputs)
 
 
 def model_of(outputs: int) -> nn.Sequential:
@@ -164,10 +167,11 @@ def test_loss_weights_are_the_mean_squares_of_per_sample_gradients(loss: str) ->
 
         for total, gradient in zip(expected, per_sample_gradients(model, sample, value), strict=True):
             total += gradient.square() / len(samples)
-    chain = trace(model, samples[:1])
+    network = trace(model, samples[:1])
     with torch.no_grad():
-        found = loss_weights(chain, samples, 11, loss)
-    for ours, theirs in zip(found, expected, strict=True):
+        found = loss_weights(network, samples, 11, loss)
+    assert tuple(found) == network.products
+    for ours, theirs in zip(found.values(), expected, strict=True):
         assert np.allclose(ours, theirs.numpy(), rtol=1e-9)
 
 
@@ -181,24 +185,40 @@ def test_loss_weights_approach_the_fisher_information() -> None:
         "squared_error": jacobian.square().sum(0),
         "cross_entropy": torch.einsum("ci,cd,di->i", jacobian, hessian, jacobian),
     }
-    chain = trace(model, samples[:1])
+    network = trace(model, samples[:1])
     for loss, expected in fisher.items():
-        found = loss_weights(chain, samples, 0, loss)[0]
+        found = loss_weights(network, samples, 0, loss)[network.products[0]]
         assert np.allclose(found, expected.numpy(), rtol=0.1, atol=1e-12), loss
 
 
 def test_a_loss_that_says_nothing_is_refused() -> None:
-    chain = trace(model_of(1), torch.zeros(1, 2, 3))
-    with pytest.raises(InvalidArgument, match="one output; allowed: squared_error"):
-        check_loss("cross_entropy", chain)
-    check_loss("squared_error", chain)
+    network = trace(model_of(1), torch.zeros(1, 2, 3))
+    with pytest.raises(InvalidArgument, match=r"outputs of shape \(1,\); allowed: squared_error"):
+        check_loss("cross_entropy", network)
+    check_loss("squared_error", network)
     with pytest.raises(InvalidArgument, match="'hinge'; allowed: cross_entropy or squared_error"):
-        check_loss("hinge", chain)
+        check_loss("hinge", network)
+
+
+def test_loss_weights_sum_over_the_positions_of_a_convolution() -> None:
+    """By one differentiation a sample; the gradient of a channel at every position counts."""
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Conv2d(2, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(12, 4)).double()
+    samples = torch.randn(15, 2, 3, 3).double()
+    noise = torch.randn(15, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    expected = torch.zeros(3).double()
+    for sample, drawn in zip(samples, noise, strict=True):
+        z = model[0](sample[None]).detach().requires_grad_()
+        (gradient,) = torch.autograd.grad((model[1:](z) @ drawn).sum(), z)
+        expected += gradient[0].square().sum((1, 2)) / len(samples)
+    network = trace(model, samples[:1])
+    found = loss_weights(network, samples, 3, "squared_error")[network.products[0]]
+    assert np.allclose(found, expected.numpy(), rtol=1e-9)
 
 
 def test_outputs_that_overflow_are_refused() -> None:
     layer = nn.Linear(2, 3)
     nn.init.constant_(layer.weight, 10.0)
-    chain = trace(nn.Sequential(layer), torch.zeros(1, 2))
+    network = trace(nn.Sequential(layer), torch.zeros(1, 2))
     with pytest.raises(InvalidArgument, match="data: got inputs on which the model answers"):
-        loss_weights(chain, torch.full((2, 2), 3e38), 0)
+        loss_weights(network, torch.full((2, 2), 3e38), 0)

@@ -66,7 +66,7 @@ def test_codes_say_more_than_values_at_the_same_volume(plan: Plan) -> None:
         functional.kl_div(answers(pruned.model)[TEST].log_softmax(1), original, log_target=True, reduction="batchmean")
         for pruned in (planned(Volume(budget=0.1)), plan)
     )
-    assert codes < 0.7 * values
+    assert codes < 0.8 * values
 
 
 def test_all_that_a_formulation_says_holds_in_every_trial(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +110,7 @@ def test_a_finished_run_solves_nothing_again(monkeypatch: pytest.MonkeyPatch, tm
 
 
 def coded(plan: Plan) -> list[CodedLinear]:
-    found = [module for module in plan.model if isinstance(module, CodedLinear)]
+    found = [module for module in plan.model.children() if isinstance(module, CodedLinear)]
     assert found
     return found
 

@@ -47,7 +47,7 @@ def killed_run(folder: Path, killed_at: int, moment: str) -> None:
 
 def layer_files(folder: Path) -> dict[str, int]:
     """Modification time of every layer file."""
-    return {path.name: path.stat().st_mtime_ns for path in folder.glob("trial-*-layer-?.npz")}
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("round-1-trial-*-?.npz")}
 
 
 @pytest.fixture(scope="module")
@@ -57,22 +57,22 @@ def whole() -> Plan:
 
 
 @pytest.fixture
-def solved(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Numbers of the layers that were solved."""
-    indices: list[int] = []
+def solved(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the layers that were solved."""
+    names: list[str] = []
     solve = Sweep._solve
 
-    def counted(self: Sweep, index: int, *arguments: Any) -> Any:
-        indices.append(index)
-        return solve(self, index, *arguments)
+    def counted(self: Sweep, name: str, *arguments: Any) -> Any:
+        names.append(name)
+        return solve(self, name, *arguments)
 
     monkeypatch.setattr(Sweep, "_solve", counted)
-    return indices
+    return names
 
 
 @pytest.mark.parametrize(("killed_at", "moment", "finished"), [(2, "after", 2), (5, "before", 4)])
 def test_a_killed_run_goes_on_from_its_last_finished_layer(
-    killed_at: int, moment: str, finished: int, whole: Plan, solved: list[int], tmp_path: Path
+    killed_at: int, moment: str, finished: int, whole: Plan, solved: list[str], tmp_path: Path
 ) -> None:
     command = [sys.executable, __file__, str(tmp_path), str(killed_at), moment]
     ended = subprocess.run(command, timeout=120, capture_output=True, text=True)
@@ -90,7 +90,7 @@ def test_a_killed_run_goes_on_from_its_last_finished_layer(
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_a_finished_run_solves_nothing_again(whole: Plan, solved: list[int], tmp_path: Path) -> None:
+def test_a_finished_run_solves_nothing_again(whole: Plan, solved: list[str], tmp_path: Path) -> None:
     assert same(run(tmp_path / "new" / "folder"), whole)
     count = len(solved)
     assert count == 3 * len(whole.stats["trials"])
@@ -104,7 +104,6 @@ def test_the_folder_of_another_run_is_refused(tmp_path: Path) -> None:
         return planned(**given)
 
     start()
-    start(finetune=TUNING, memory_limit=1e9)  # what has no part in the layers may differ
     images, labels = calibration()
     tanh = nn.Sequential(*[nn.Tanh() if isinstance(layer, nn.ReLU) else layer for layer in network()])
     others: list[dict[str, Any]] = [
@@ -117,6 +116,9 @@ def test_the_folder_of_another_run_is_refused(tmp_path: Path) -> None:
         {"link_price": 2.0},
         {"input_owner": torch.arange(64) % P},
         {"pruner": "threshold"},
+        {"finetune": TUNING},
+        {"memory_limit": 1e9},
+        {"look_ahead": False},
         {"partitioner": "contiguous"},
         {"loss": "squared_error", "data": images},
         {"model": tanh},
@@ -138,9 +140,10 @@ DAMAGE: list[Callable[[bytes], bytes]] = [
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_layer_file_is_named(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
     planned(Volume(budget=0), checkpoint_dir=tmp_path)
-    path = tmp_path / "trial-0-layer-1.npz"
+    (tmp_path / "round-1-plan.npz").rename(tmp_path / "kept")
+    path = tmp_path / "round-1-trial-0-2.npz"
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(InvalidArgument, match=r"checkpoint_dir: got a damaged .*trial-0-layer-1\.npz") as caught:
+    with pytest.raises(InvalidArgument, match=r"checkpoint_dir: got a damaged .*round-1-trial-0-2\.npz") as caught:
         planned(Volume(budget=0), checkpoint_dir=tmp_path)
     assert "\n" not in str(caught.value)
     path.unlink()

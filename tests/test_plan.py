@@ -17,8 +17,8 @@ from torch import nn
 
 from repurpose_opt.errors import InvalidArgument, PlanError, UnsupportedModule
 from repurpose_opt.exchange import Exchange, Values
-from repurpose_opt.runtime import storage
-from repurpose_opt.runtime.modules import ELEMENTWISE, from_spec, named_modules, to_spec
+from repurpose_opt.runtime import manifest, storage
+from repurpose_opt.runtime.modules import ELEMENTWISE, from_spec, to_spec
 from repurpose_opt.runtime.plan import Plan, PlannedLayer
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
@@ -54,7 +54,7 @@ def random_plan(
     the neurons of each layer (all, and worker 0 the outputs).
     """
     rng = np.random.default_rng(seed)
-    linears = [(name, module) for name, module in named_modules(model) if isinstance(module, nn.Linear)]
+    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     density = density or [0.4] * len(linears)
     workers = workers or [*[range(n_workers)] * len(linears), [0]]
     input_owner = rng.choice(workers[0], linears[0][1].in_features)
@@ -102,7 +102,7 @@ def test_load_gives_back_what_was_saved(dtype: torch.dtype, tmp_path: Path) -> N
     saved = random_plan(rich_model().to(dtype), 3)
     saved.save(tmp_path / "plan")
     loaded = Plan.load(tmp_path / "plan")
-    assert [name for name, _ in named_modules(loaded.model)] == [name for name, _ in named_modules(saved.model)]
+    assert loaded.graph.steps == saved.graph.steps
     for ours, theirs in zip(loaded.model.state_dict().items(), saved.model.state_dict().items(), strict=True):
         assert ours[0] == theirs[0]
         assert ours[1].dtype == dtype
@@ -255,7 +255,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "manifest is binary": ("manifest.json", lambda path: path.write_bytes(b"\xff\xfe\xfa"), "not valid JSON"),
     "manifest is a list": ("manifest.json", lambda path: path.write_text("[]"), "not the manifest of a plan"),
     "manifest altered": ("manifest.json", _edit('"direct_volume":12345', '"direct_volume":12346'), "altered"),
-    "later version": ("manifest.json", _edit('"version":2', '"version":7'), "version 7; .* reads versions 1 and 2"),
+    "later version": ("manifest.json", _edit('"version":3', '"version":7'), "version 7; .* reads versions 1, 2, 3"),
     "other format": ("manifest.json", _edit("repurpose-opt plan", "song"), "not the manifest of a plan"),
 }
 
@@ -279,9 +279,20 @@ def test_a_manifest_that_contradicts_itself_is_refused(folder: Path) -> None:
         ("source", lambda content: content["layers"][0]["messages"][0].update(source=0.5)),
         ("direct_volume", lambda content: content.update(direct_volume=-5)),
         ("dtype", lambda content: content.update(dtype="float8")),
-        ("Linear", lambda content: content["modules"][0]["arguments"].update(in_features=12)),
-        ("kind", lambda content: content["modules"][1].update(kind="exec")),
-        ("names", lambda content: content["modules"].pop()),
+        ("Linear", lambda content: content["steps"][0]["arguments"].update(in_features=12)),
+        ("sizes", lambda content: content["steps"][0]["arguments"].update(in_features=-1)),
+        ("no number", lambda content: content["steps"][0]["arguments"].update(in_features="many")),
+        ("kind", lambda content: content["steps"][1].update(kind="exec")),
+        ("names", lambda content: content["steps"].pop()),
+        ("name", lambda content: content["steps"][0].update(name=7)),
+        ("attribute", lambda content: content["steps"][1].update(name="forward")),
+        ("reads", lambda content: content["steps"][0].update(inputs=["4"])),
+        ("reads nothing", lambda content: content["steps"][1].update(inputs=[])),
+        ("input_owner", lambda content: content.update(input_owner=None)),
+        ("input_shape", lambda content: content.update(input_shape=[12])),
+        ("no shape", lambda content: content.update(input_shape=[-13])),
+        ("positions", lambda content: content["layers"][0].update(positions=2)),
+        ("weight_macs", lambda content: content["layers"][0].update(weight_macs=2)),
         ("missing key", lambda content: content.pop("layers")),
     ]
     original = json.loads((folder / "manifest.json").read_text())["plan"]
@@ -297,11 +308,9 @@ def test_a_manifest_that_contradicts_itself_is_refused(folder: Path) -> None:
     Plan.load(folder)
 
 
-def write_manifest(folder: Path, content: Any) -> None:
+def write_manifest(folder: Path, content: Any, version: int = manifest.VERSION) -> None:
     """A manifest with this content and the SHA-256 that fits it."""
-    from repurpose_opt.runtime import manifest
-
-    head = {"format": manifest.FORMAT, "version": manifest.VERSION, "sha256": manifest._digest(content)}
+    head = {"format": manifest.FORMAT, "version": version, "sha256": manifest._digest(content)}
     (folder / "manifest.json").write_text(json.dumps(head | {"plan": content}))
 
 
@@ -319,8 +328,7 @@ def test_tensors_that_do_not_fit_the_manifest_are_refused(
     tensors = []
     for k in range(3):
         parts = dict(zip(["0", "2", "4"], plan.sub_model(k), strict=True))
-        named = {f"{name}.weight": part.weight for name, part in parts.items()}
-        named |= {f"{name}.bias": part.bias for name, part in parts.items() if part.bias is not None}
+        named = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.tensors.items()}
         tensors.append(named | (wrong if k == 2 else {}))
     storage.write_folder(tmp_path / "plan", plan.manifest(), tensors)
     with pytest.raises(PlanError, match=reason) as caught:
@@ -332,8 +340,7 @@ def test_tensors_that_do_not_fit_the_manifest_are_refused(
 
 
 def test_a_weight_that_reads_a_value_its_worker_lacks_is_refused(plan: Plan, tmp_path: Path) -> None:
-    layer, linear = plan.layers[0], plan.model[0]
-    assert isinstance(linear, nn.Linear)
+    layer, linear = plan.layers[0], plan.product(plan.layers[0])
     k = int(layer.owner[0])
     j = np.setdiff1d(np.arange(13), layer.columns(k))[0]
     with torch.no_grad():
@@ -355,7 +362,7 @@ def test_plans_that_do_not_fit_are_refused(plan: Plan) -> None:
 
     cases: list[tuple[dict[str, Any], str]] = [
         ({"layers": ()}, "layers: got none"),
-        ({"layers": (first, second)}, r"one for each linear module, in order: \['0', '2', '4'\]"),
+        ({"layers": (first, second)}, r"one for each step that .*, in order: \['0', '2', '4'\]"),
         (
             {"layers": (first, replace(second, input_owner=(second.input_owner + 1) % 3), third)},
             "message|owner of",
@@ -385,22 +392,22 @@ class MyReLU(nn.ReLU):
     ("module", "error", "reason"),
     [
         (
-            nn.Softmax(1).eval(),
+            nn.Tanhshrink().eval(),
             UnsupportedModule,
-            "Softmax cannot be in a plan; allowed: Flatten, Linear, CodedLinear, ReLU",
+            "Tanhshrink cannot be in a plan; allowed: Flatten, Linear, CodedLinear, Conv1d",
         ),
         (nn.BatchNorm1d(8).eval(), UnsupportedModule, "BatchNorm1d"),
         (MyReLU().eval(), UnsupportedModule, "MyReLU"),
         (nn.Hardtanh(0.0, float("inf")).eval(), UnsupportedModule, "max_val=inf"),
         (nn.Sequential(nn.ReLU()).eval(), UnsupportedModule, "Sequential"),
-        (nn.Flatten().eval(), InvalidArgument, "Flatten; allowed: only as the first module"),
+        (nn.Softmax(1).eval(), InvalidArgument, "layers: got .*one for each"),
         (nn.ReLU().train(), InvalidArgument, "training mode"),
     ],
 )
 def test_modules_that_no_plan_holds_are_refused(
     module: nn.Module, error: type[Exception], reason: str, plan: Plan
 ) -> None:
-    plan.model[1] = module
+    plan.model.add_module("1", module)
     with pytest.raises(error, match=reason):
         replace(plan)
 
@@ -408,7 +415,7 @@ def test_modules_that_no_plan_holds_are_refused(
 @pytest.mark.parametrize("kind", ELEMENTWISE)
 def test_elementwise_modules_survive_their_spec(kind: str) -> None:
     arguments = ARGUMENTS.get(kind, {})
-    module = ELEMENTWISE[kind][0](**arguments).eval()
+    module = ELEMENTWISE[kind].module(**arguments).eval()
     spec = to_spec(module)
     assert spec == {"kind": kind, "arguments": arguments}
     values = torch.linspace(-9, 9, 181)
@@ -417,6 +424,6 @@ def test_elementwise_modules_survive_their_spec(kind: str) -> None:
 
 
 def test_every_argument_of_an_elementwise_module_is_in_the_test() -> None:
-    assert {kind: set(names) for kind, (_, names) in ELEMENTWISE.items() if names} == {
+    assert {kind: set(known.arguments) for kind, known in ELEMENTWISE.items() if known.arguments} == {
         kind: set(arguments) for kind, arguments in ARGUMENTS.items()
     }

@@ -40,8 +40,9 @@ def samples(*shape: int, seed: int = 0) -> np.ndarray[Any, Any]:
 
 def expected(plan: Plan, inputs: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     dtype = next(plan.model.parameters()).dtype
+    values = torch.from_numpy(inputs)
     with torch.no_grad():
-        return plan.model(torch.from_numpy(inputs).to(dtype)).numpy()
+        return plan.model(values.to(dtype) if values.is_floating_point() else values).numpy()
 
 
 # One exchange step, in this process
@@ -85,7 +86,7 @@ def test_workers_that_agree() -> None:
         ),
         (
             [Readiness(inputs=(4, 3)), Readiness(inputs=(5, 3))],
-            "the input (samples, columns) of worker 1 is (5, 3), that of worker 0 is (4, 3)",
+            "the input (samples, …) of worker 1 is (5, 3), that of worker 0 is (4, 3)",
         ),
         (
             [Readiness(sent_counts=((0, 2),), received_counts=((0, 1),)),
@@ -397,7 +398,7 @@ def _sabotage(kind: str | None, rank: int) -> contextlib.AbstractContextManager[
     """What is done to worker 1, or to all, in the middle of a run."""
     context = pytest.MonkeyPatch.context()
     if kind == "prediction":
-        return _patched(context, worker, "build_steps", _forget_a_message(worker.build_steps))
+        return _patched(context, worker, "build_part", _forget_a_message(worker.build_part))
     if kind == "counts" and rank == 1:
         return _patched(context, ExchangeStep, "__init__", _expect_one_more(ExchangeStep.__init__))
     if kind == "kill" and rank == 1:
@@ -419,11 +420,11 @@ def _patched(context: Any, target: Any, name: str, replacement: Any) -> Iterator
         yield patch
 
 
-def _forget_a_message(build_steps: Any) -> Any:
+def _forget_a_message(build_part: Any) -> Any:
     """The encoders are fixed; then the plan that predicts the bytes loses a message."""
 
     def build(manifest: Manifest, *rest: Any) -> Any:
-        built = build_steps(manifest, *rest)
+        built = build_part(manifest, *rest)
         messages = manifest.layers[0].messages
         assert isinstance(messages, dict)
         del messages[min(messages)]

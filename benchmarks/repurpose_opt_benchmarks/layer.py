@@ -160,7 +160,8 @@ def _runs(task: Task, repeats: int) -> Iterator[dict[str, Any]]:
 
 
 def _problem(task: Task) -> LayerProblem:
-    linear = task.chain.linear(0)
+    linear = task.network.product(task.network.products[0])
+    assert linear.bias is not None
     return LayerProblem.create(
         linear.weight,
         WORKERS,

@@ -23,8 +23,9 @@ from repurpose_opt.demo.sensors import SENSORS, Groups, input_owner, train_dense
 from repurpose_opt.formulation import Formulation
 from repurpose_opt.network import baselines
 from repurpose_opt.network.finetune import FineTuning
-from repurpose_opt.network.repurpose import best_trial, plan_of, repurpose
-from repurpose_opt.network.sweep import Placement
+from repurpose_opt.network.owners import Placement
+from repurpose_opt.network.repurpose import repurpose
+from repurpose_opt.network.search import best_trial
 from repurpose_opt.network.trace import trace
 from repurpose_opt.runtime.plan import Plan
 from repurpose_opt_benchmarks import RESULTS, environment, strips
@@ -68,7 +69,7 @@ def strips_plan(task: strips.Task, formulation: Formulation) -> Plan:
 
 def strips_runs(task: strips.Task, size: Size) -> Iterator[dict[str, Any]]:
     """A row for each kind of message and number; `after` is fine-tuned, at TUNED only."""
-    item = task.chain.linear(0).weight.element_size()
+    item = task.network.dtype.itemsize
     yield _run(task, "dense", 0, task.direct, tuned(task, task.direct, size))
     for kind in KINDS:
         plan = strips_plan(task, Lossless(messages=kind))
@@ -110,15 +111,14 @@ def sensor_runs(digits: Digits, seed: int, numbers: Sequence[int]) -> Iterator[d
     training = Groups(digits.train_images, digits.train_labels)
     sweep = demo.sweep_of(dense, training, placement, seed, lambda step: None)
     shared = {"network": "sensors", "seed": seed, "after": None}
-    before = demo.accuracy(dense.model, *test)
+    before = demo.accuracy(dense.graph, *test)
     yield shared | {"kind": "dense", "at_most": 0, "numbers": 0, "volume_fraction": 0.0, "before": before}
     partitioner, pruner = demo.SOLVERS["ours_codes"]
-    item = dense.linear(0).weight.element_size()
+    item = dense.dtype.itemsize
     for most in numbers:
-        searched = replace(sweep, partitioner=partitioner, pruner=pruner, trials=[], owners={})
-        searched.__dict__["first_moments"] = sweep.first_moments
+        searched = replace(sweep, partitioner=partitioner, pruner=pruner, trials=[], owners={}, readings={})
         trial = best_trial(searched, Volume(budget_bytes=most * item, messages="codes"))
-        plan = plan_of(dense, trial, placement, {})
+        plan = demo.planned(searched, trial, {})
         cost = baselines.cost_of(plan)
         figures = {"numbers": cost.values_per_sample, "volume_fraction": cost.volume_fraction}
         yield shared | {"kind": "codes", "at_most": most, "before": demo.accuracy(plan.model, *test)} | figures

@@ -10,15 +10,14 @@ from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from repurpose_opt import LayerProblem
 from repurpose_opt.demo.digits import load_digits
 from repurpose_opt.errors import InvalidArgument
 from repurpose_opt.moments import Moments
-from repurpose_opt.network.calibrate import outputs_of
 from repurpose_opt.problem import Weight
+from repurpose_opt.runtime.graph import INPUT
 from repurpose_opt_benchmarks import minilm, strips, text_activations
 from repurpose_opt_benchmarks.layer import nmse_on
 
@@ -98,15 +97,15 @@ def held_out_nmse(layer: PruningLayer, weight: Weight, bias: NDArray[np.floating
 def _mnist_layers(mnist_directory: str | Path | None) -> tuple[PruningLayer, ...]:
     """The hidden layers of the strips network of seed 0."""
     task = strips.train(load_digits(mnist_directory), strips.FULL, seed=0)
+    calibration, held_out = task.values(task.training.images), task.values(task.test.images)
     layers = []
-    with torch.no_grad():
-        received = [task.training.images, task.test.images]
-        for index, name in enumerate(_MNIST):
-            linear = task.chain.linear(index)
-            weight, bias, calibration, held_out = (t.numpy() for t in (linear.weight, linear.bias, *received))
-            held_together = IMAGE_WIDTH if index == 0 else 1
-            layers.append(PruningLayer(name, weight, bias, calibration, held_out, held_together))
-            received = [task.chain.after(index, outputs_of(linear.weight, linear.bias, values)) for values in received]
+    for name, step in zip(_MNIST, task.network.products, strict=False):
+        linear, read = task.network.product(step), task.network.read(step)
+        assert linear.bias is not None
+        tensors = (linear.weight, linear.bias, calibration[read], held_out[read])
+        weight, bias, received, judging = (tensor.numpy() for tensor in tensors)
+        held_together = IMAGE_WIDTH if read == INPUT else 1
+        layers.append(PruningLayer(name, weight, bias, received, judging, held_together))
     return tuple(layers)
 
 

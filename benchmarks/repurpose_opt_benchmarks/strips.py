@@ -26,13 +26,17 @@ from repurpose_opt import LayerProblem, Volume
 from repurpose_opt.demo.digits import Digits, load_digits
 from repurpose_opt.moments import Moments
 from repurpose_opt.network import baselines
-from repurpose_opt.network.calibrate import loss_weights, outputs_of
+from repurpose_opt.network.calibrate import loss_weights
 from repurpose_opt.network.checkpoint import Checkpoint
 from repurpose_opt.network.finetune import FineTuning, batches_of, fine_tune
-from repurpose_opt.network.repurpose import best_trial, plan_of, repurpose
-from repurpose_opt.network.sweep import Placement, SolvedLayer, Sweep, Trial
-from repurpose_opt.network.trace import Chain, trace
+from repurpose_opt.network.owners import Owners, Placement
+from repurpose_opt.network.planned import plan_of
+from repurpose_opt.network.repurpose import repurpose
+from repurpose_opt.network.search import best_trial
+from repurpose_opt.network.sweep import SolvedLayer, Sweep, Trial
+from repurpose_opt.network.trace import Network, trace
 from repurpose_opt.repair import restrict
+from repurpose_opt.runtime.graph import INPUT
 from repurpose_opt.runtime.plan import Plan
 from repurpose_opt.solve import solve_problem
 from repurpose_opt.solver import SolveOptions
@@ -98,7 +102,7 @@ class Task:
     seed: int
 
     @cached_property
-    def chain(self) -> Chain:
+    def network(self) -> Network:
         return trace(self.model, self.training.images[:1])
 
     @cached_property
@@ -109,19 +113,24 @@ class Task:
 
     @cached_property
     def direct(self) -> Plan:
-        return baselines.direct_plan(self.chain, self.placement)
+        return baselines.direct_plan(self.network, self.placement)
 
     @cached_property
-    def loss_weights(self) -> list[NDArray[np.float64]]:
-        return loss_weights(self.chain, self.training.images, self.seed)
+    def loss_weights(self) -> dict[str, NDArray[np.float64]]:
+        return loss_weights(self.network, self.training.images, self.seed)
 
     @property
     def widths(self) -> list[int]:
         """Neurons a layer, the inputs first."""
-        linears = [self.chain.linear(index) for index in range(len(self.chain.linears))]
-        return [linears[0].in_features, *(linear.out_features for linear in linears)]
+        weights = [self.network.product(name).weight for name in self.network.products]
+        return [weights[0].shape[1], *(len(weight) for weight in weights)]
 
-    def fine_tuned(self, plan: Plan, settings: FineTuning) -> nn.Sequential:
+    @torch.no_grad()
+    def values(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What all steps make of images, and these, by the steps' names and INPUT."""
+        return {INPUT: images} | {step.name: value for step, value in self.network.graph.outputs(images)}
+
+    def fine_tuned(self, plan: Plan, settings: FineTuning) -> nn.Module:
         model = copy.deepcopy(plan.model)
         fine_tune(model, self._batches(settings), settings)
         return model
@@ -172,20 +181,18 @@ def ours(task: Task, budget: float) -> Plan:
 @torch.no_grad()
 def one_price_nmse(task: Task, budget: float) -> Plan:
     """`ours`, but the errors of a layer count relative to the energy E‖Wx‖² of its outputs."""
-    values, weights = task.training.images, []
-    for index in range(len(task.chain.linears)):
-        linear = task.chain.linear(index)
-        energy = float(outputs_of(linear.weight, None, values).double().square().sum(1).mean())
-        weights.append(np.full(linear.out_features, 1 / energy))
-        values = task.chain.after(index, outputs_of(linear.weight, linear.bias, values))
-    trial = best_trial(_sweep(task, weights), Volume(budget=budget))
-    return plan_of(task.chain, trial, task.placement, {})
+    values, weights = task.values(task.training.images), {}
+    for name in task.network.products:
+        weight = task.network.product(name).weight
+        energy = float((values[task.network.read(name)] @ weight.T).double().square().sum(1).mean())
+        weights[name] = np.full(len(weight), 1 / energy)
+    return _plan(task, best_trial(_sweep(task, weights), Volume(budget=budget)))
 
 
 def same_fraction_sequential(task: Task, budget: float) -> Plan:
     """Each layer gets the same fraction and is calibrated on what it really receives."""
-    ones = [np.ones(task.chain.linear(i).out_features) for i in range(len(task.chain.linears))]
-    return plan_of(task.chain, _sweep(task, ones).run(Volume(budget=budget)), task.placement, {})
+    ones = {name: np.ones(len(task.network.product(name).weight)) for name in task.network.products}
+    return _plan(task, _sweep(task, ones).run(Volume(budget=budget)))
 
 
 def same_fraction(task: Task, budget: float) -> Plan:
@@ -201,28 +208,14 @@ def munkres_masked(task: Task, budget: float) -> Plan:
 
 
 def late_fusion(task: Task, budget: float) -> Plan:
-    return baselines.late_fusion_plan(task.chain, task.placement)
+    return baselines.late_fusion_plan(task.network, task.placement)
 
 
-@torch.no_grad()
 def late_fusion_filled(task: Task, budget: float) -> Plan:
-    """Late fusion at the volume of `ours`: its placement, the last layer's inputs sent whole, and with what is left
-    of the budget the inputs of the hidden layers that carry most energy, weighted by the loss."""
-    last = len(task.chain.linears) - 1
-    values, gains = task.training.images, []
-    for index in range(last):
-        linear, layer = task.chain.linear(index), task.direct.layers[index]
-        row_energy = linear.weight.double().square().numpy() * task.loss_weights[index][:, None]
-        gain = row_energy.T @ np.eye(WORKERS)[layer.owner] * values.double().var(0).numpy()[:, None]
-        gains.append(np.where(layer.chosen_values, gain, -np.inf))
-        values = task.chain.after(index, outputs_of(linear.weight, linear.bias, values))
-    ranked = np.sort(np.concatenate([gain.ravel() for gain in gains]))[::-1]
-    fused = baselines.cost_of(late_fusion(task, budget)).values_per_sample
-    left = int(budget * baselines.cost_of(task.direct).values_per_sample + 1e-9) - fused
-    least = ranked[left - 1] if left > 0 else np.inf
-    return baselines.contiguous_plan(
-        task.chain, task.placement, lambda index, lacking: lacking & (index == last or gains[index] >= least)
-    )
+    """Late fusion at the volume of `ours`, the answer in partial sums where these are fewer."""
+    numbers = int(budget * baselines.cost_of(task.direct).values_per_sample + 1e-9)
+    images = task.training.images
+    return baselines.filled_late_fusion_plan(task.network, task.placement, images, task.loss_weights, numbers)
 
 
 PRUNED: dict[str, Callable[[Task, float], Plan]] = {
@@ -237,9 +230,13 @@ PRUNED: dict[str, Callable[[Task, float], Plan]] = {
 }
 
 
-def _sweep(task: Task, output_weights: list[NDArray[np.float64]]) -> Sweep:
+def _plan(task: Task, trial: Trial) -> Plan:
+    return plan_of(task.network, task.placement, trial.layers, trial.unit_owner, trial.direct_volume, {})
+
+
+def _sweep(task: Task, output_weights: dict[str, NDArray[np.float64]]) -> Sweep:
     return Sweep(
-        chain=task.chain,
+        network=task.network,
         inputs=task.training.images,
         loss_weights=output_weights,
         placement=task.placement,
@@ -254,17 +251,18 @@ def _sweep(task: Task, output_weights: list[NDArray[np.float64]]) -> Sweep:
 @torch.no_grad()
 def _layer_by_layer(task: Task, budget: float, partitioner: str, pruner: str, is_refitted: bool = True) -> Plan:
     """The same fraction for each layer, on the moments of the original network; all of them known beforehand."""
-    values, input_owner = task.training.images, task.placement.input_owner
-    layers, volume, direct = [], 0, 0
-    for index in range(len(task.chain.linears)):
-        linear = task.chain.linear(index)
+    network, values, owners = task.network, task.values(task.training.images), Owners(task.network, task.placement)
+    layers, direct = {}, 0
+    for name in network.products:
+        linear, wiring = network.product(name), owners.wiring(name)
+        assert linear.bias is not None
         problem = LayerProblem.create(
             linear.weight,
             WORKERS,
-            input_owner=input_owner,
-            moments=Moments.from_samples(values.numpy()),
+            input_owner=wiring.input_owner,
+            moments=Moments.from_samples(values[network.read(name)].numpy()),
             bias=linear.bias.numpy(),
-            capacity=task.placement.capacity(linear.out_features, index + 1 == len(task.chain.linears)),
+            capacity=wiring.capacity,
         )
         solution = solve_problem(problem, Volume(budget=budget), partitioner=partitioner, pruner=pruner).require()
         assert solution.owner is not None
@@ -273,13 +271,10 @@ def _layer_by_layer(task: Task, budget: float, partitioner: str, pruner: str, is
         weight, bias = solution.weight, solution.bias.astype(np.float32)
         if not is_refitted:
             weight, bias = restrict(problem, problem.weight, solution.owner, solution.transfers), linear.bias.numpy()
-        layers.append(SolvedLayer(solution.owner, solution.exchange, np.asarray(weight, dtype=np.float32), bias))
-        volume += solution.volume
+        layers[name] = SolvedLayer(solution.owner, solution.exchange, np.asarray(weight, dtype=np.float32), bias)
         direct += problem.direct_volume
-        input_owner = solution.owner
-        values = task.chain.after(index, outputs_of(linear.weight, linear.bias, values))
-    trial = Trial(Volume(budget=budget), tuple(layers), volume, direct, output_nmse=float("nan"))
-    return plan_of(task.chain, trial, task.placement, {})
+        owners.set(wiring.units, solution.owner)
+    return plan_of(network, task.placement, layers, owners.of_unit, direct, {})
 
 
 # The experiment
@@ -383,9 +378,9 @@ def _runs(task: Task, rates: LearningRates) -> Iterator[dict[str, Any]]:
     for budget in BUDGETS:
         for row, make in PRUNED.items():
             yield run(row, budget, make(task, budget))
-        linears = [module for module in ours(task, budget).model if isinstance(module, nn.Linear)]
-        kept = [int(torch.count_nonzero(linear.weight)) for linear in linears]
-        yield run("sparse", budget, baselines.sparse_plan(task.chain, task.placement, kept))
+        plan = ours(task, budget)
+        kept = {layer.name: int(plan.weight(layer).count_nonzero()) for layer in plan.layers}
+        yield run("sparse", budget, baselines.sparse_plan(task.network, task.placement, kept))
 
 
 def _run(task: Task, row: str, budget: float | None, cost: baselines.Cost, before: float) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from repurpose_opt import __version__
-from repurpose_opt.cli import bench, demo, export, solve, solvers
+from repurpose_opt.cli import bench, demo, export, run, solve, solvers
 from repurpose_opt.cli.text import FAILED, PROGRAM, fail
 from repurpose_opt.errors import RepurposeError
 
@@ -18,6 +18,8 @@ _EPILOG = """\
 examples:
   repurpose-opt demo                                      a sensor network, from training to six processes
   repurpose-opt solve layer.npy --workers 4               place one layer, send a tenth of its values
+  repurpose-opt run model.pt2 --data train.npz --workers 4 --budget 0.05 --output plan
+                                                          a whole model, to a plan for four workers
   repurpose-opt export layer.npz --to hgr --workers 4 --formulation lossless
                                                           the same instance for other people's solvers
   repurpose-opt solvers                                   what can solve it, and what is not installed
@@ -54,6 +56,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    for verb in (demo, solve, export, solvers, bench):
+    for verb in (demo, solve, run, export, solvers, bench):
         verb.add(verbs)
     return parser

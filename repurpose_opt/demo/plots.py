@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
 from repurpose_opt.demo.rows import Ours, Row
-from repurpose_opt.network.trace import Chain
+from repurpose_opt.network.trace import Network
 from repurpose_opt.runtime.plan import Plan
 
 mpl.use("Agg")
@@ -30,12 +30,12 @@ _LABELS = {
 """Rows drawn as points, with where their names go, in points."""
 
 
-def draw_matrices(plan: Plan, dense: Chain, name: str, path: Path) -> None:
+def draw_matrices(plan: Plan, dense: Network, name: str, path: Path) -> None:
     """Weights before (as they stand) and after (rows and columns in the order of their workers)."""
     count = len(plan.layers)
     figure, axes = plt.subplots(2, count, figsize=(3.2 * count, 6), constrained_layout=True)
     for index, layer in enumerate(plan.layers):
-        before = dense.linear(index).weight.detach().abs().numpy()
+        before = dense.product(layer.name).weight.detach().abs().numpy()
         after = plan.weight(layer).abs().numpy()
         rows, columns = np.argsort(layer.owner, kind="stable"), np.argsort(layer.input_owner, kind="stable")
         bright = np.quantile(before, 0.995)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,9 +29,11 @@ from repurpose_opt.network.baselines import (
 from repurpose_opt.network.calibrate import loss_weights
 from repurpose_opt.network.checkpoint import Checkpoint
 from repurpose_opt.network.finetune import FineTuning, fine_tune
-from repurpose_opt.network.repurpose import best_trial, plan_of
-from repurpose_opt.network.sweep import Placement, Sweep
-from repurpose_opt.network.trace import Chain, trace
+from repurpose_opt.network.owners import Placement
+from repurpose_opt.network.planned import plan_of
+from repurpose_opt.network.search import best_trial
+from repurpose_opt.network.sweep import Sweep, Trial
+from repurpose_opt.network.trace import Network, trace
 from repurpose_opt.progress import Report
 from repurpose_opt.runtime.launch import run_plan
 from repurpose_opt.runtime.plan import Plan
@@ -78,7 +81,7 @@ class Outcome:
     rows: dict[str, Row]
     ours: dict[str, Ours]
     """By the name of the row."""
-    dense: Chain
+    dense: Network
 
 
 def run_seed(
@@ -95,9 +98,7 @@ def run_seed(
     plans, curves = {}, {}
     for name, formulation in formulations.items():
         partitioner, pruner = SOLVERS[name]
-        searched = replace(sweep, partitioner=partitioner, pruner=pruner, trials=[], owners={})
-        # The same for all.
-        searched.__dict__["first_moments"] = sweep.first_moments
+        searched = replace(sweep, partitioner=partitioner, pruner=pruner, trials=[], owners={}, readings={})
         plans[name], curves[name] = _repurpose(searched, formulation, CURVE[name], test)
 
     def row(plan: Plan, name: str) -> Row:
@@ -109,7 +110,7 @@ def run_seed(
     direct = direct_plan(dense, placement)
     as_dense = row(direct, "dense")
     ours = plans["ours"]
-    kept = [int(ours.weight(layer).count_nonzero()) for layer in ours.layers]
+    kept = {layer.name: int(ours.weight(layer).count_nonzero()) for layer in ours.layers}
     numbers = cost_of(plans["ours_codes"]).values_per_sample
     lossless = {
         "dense": Cost(0, 0, 0.0, 0, 0, float(SENSORS)),
@@ -154,10 +155,10 @@ def test_groups(digits: Digits, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return _draw(Groups(digits.test_images, digits.test_labels), TEST_GROUPS, _TEST_STREAM + seed)
 
 
-def sweep_of(dense: Chain, training: Groups, placement: Placement, seed: int, report: Report) -> Sweep:
+def sweep_of(dense: Network, training: Groups, placement: Placement, seed: int, report: Report) -> Sweep:
     inputs, _ = _draw(training, CALIBRATION_GROUPS, _CALIBRATION_STREAM + seed)
     return Sweep(
-        chain=dense,
+        network=dense,
         inputs=inputs,
         loss_weights=loss_weights(dense, inputs, seed),
         placement=placement,
@@ -173,20 +174,23 @@ def _repurpose(
     sweep: Sweep, formulation: Volume, ratios: Sequence[float], test: tuple[torch.Tensor, torch.Tensor]
 ) -> tuple[Plan, list[tuple[float, float]]]:
     """The plan within the budget as `repurpose` makes it, and the accuracies of the sweeps at other prices."""
-    dense, placement = sweep.chain, sweep.placement
     trial = best_trial(sweep, formulation)
     assert isinstance(trial.formulation, Volume)
     price = trial.formulation.transfer_price
     assert price is not None
     stats = {"seed": sweep.options.seed, "budget": formulation.budget, "transfer_price": price}
-    ours = plan_of(dense, trial, placement, stats)
+    ours = planned(sweep, trial, stats)
     for ratio in ratios:
         sweep.run(replace(trial.formulation, transfer_price=price * ratio))
     curve = [
-        (tried.volume / tried.direct_volume, accuracy(plan_of(dense, tried, placement, {}).model, *test))
-        for tried in sweep.trials
+        (tried.volume / tried.direct_volume, accuracy(planned(sweep, tried, {}).model, *test)) for tried in sweep.trials
     ]
     return ours, sorted(curve)
+
+
+def planned(sweep: Sweep, trial: Trial, stats: Mapping[str, Any]) -> Plan:
+    """The plan of one trial of a sweep."""
+    return plan_of(sweep.network, sweep.placement, trial.layers, trial.unit_owner, trial.direct_volume, stats)
 
 
 def _draw(groups: Groups, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -27,6 +27,11 @@ class Formulation(Protocol):
         """Whether messages may be codes: for pruners that say so (`sends_codes = True`)."""
         return False
 
+    @property
+    def selection(self) -> Formulation:
+        """The formulation by which messages are chosen given the owners: this one, or the one that it extends."""
+        return self
+
     def supports(self, problem: LayerProblem) -> str | None:
         """Why the formulation has no meaning for a problem, or None."""
         return "on broadcast links only Volume with codes is served" if problem.broadcast else None

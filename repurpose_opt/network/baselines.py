@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import copy
-from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from repurpose_opt.exchange import Code, Exchange
-from repurpose_opt.network.calibrate import outputs_of
-from repurpose_opt.network.planned import planned
-from repurpose_opt.network.sweep import Placement
-from repurpose_opt.network.trace import Chain
+from repurpose_opt.network.columns import batches, column_value, columns_of
+from repurpose_opt.network.owners import Owners, Placement, Wiring, fixed_traffic
+from repurpose_opt.network.planned import plan_of
+from repurpose_opt.network.sweep import SolvedLayer
+from repurpose_opt.network.trace import Network
+from repurpose_opt.runtime.coded import Product
+from repurpose_opt.runtime.graph import INPUT
 from repurpose_opt.runtime.layer import PlannedLayer
 from repurpose_opt.runtime.plan import Plan
 
-Transfers = Callable[[int, NDArray[np.bool_]], NDArray[np.bool_]]
-"""(layer index, (n, P) what every worker with neurons lacks) → (n, P) what is sent."""
+Transfers = Callable[[str, NDArray[np.bool_]], NDArray[np.bool_]]
+"""(name of a product, (n, P) what every worker with neurons lacks) → (n, P) what is sent."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Cost:
 
 def cost_of(plan: Plan) -> Cost:
     """The cost of a plan."""
-    sent = sum(message.size for layer in plan.layers for message in layer.messages.values())
+    sent = sum(message.size * layer.positions for layer in plan.layers for message in layer.messages.values())
     messages = sum(len(layer.messages) for layer in plan.layers)
     macs = plan.worker_macs().max() / (_dense_macs(plan.layers) / plan.n_workers)
     return Cost(sent, plan.volume, plan.volume / plan.direct_volume, messages, plan.busiest, float(macs))
@@ -50,127 +50,191 @@ def cost_of(plan: Plan) -> Cost:
 
 def naive(direct: Plan) -> Cost:
     """All inputs to all workers; each computes everything."""
-    first, P = direct.layers[0], direct.n_workers
-    held = np.bincount(first.input_owner, minlength=P)
-    traffic = np.tile(held[:, None], (1, P)) * ~np.eye(P, dtype=bool)
+    P = direct.n_workers
+    traffic = np.tile(_input_numbers(direct)[:, None], (1, P)) * ~np.eye(P, dtype=bool)
     return _cost_of_numbers(direct, [traffic], busiest_macs=float(P))
 
 
 def central(direct: Plan, output_owner: int) -> Cost:
     """All inputs to the worker that wants the answer, which computes everything."""
-    first, P = direct.layers[0], direct.n_workers
+    P = direct.n_workers
     traffic = np.zeros((P, P), dtype=np.int64)
-    traffic[:, output_owner] = np.bincount(first.input_owner, minlength=P)
+    traffic[:, output_owner] = _input_numbers(direct)
     traffic[output_owner, output_owner] = 0
     return _cost_of_numbers(direct, [traffic], busiest_macs=float(P))
 
 
 def partial_sums(direct: Plan) -> Cost:
-    """Tensor parallelism's row split where a layer narrows: for each pair min(neurons there, neurons here) numbers."""
+    """Tensor parallelism's row split where a layer narrows: for each pair the fewer of values there and sums here."""
     P = direct.n_workers
     traffic = []
     macs = np.zeros(P)
     for layer in direct.layers:
-        here = np.bincount(layer.input_owner, minlength=P)
-        there = np.bincount(layer.owner, minlength=P)
-        traffic.append(np.minimum(here[:, None], there[None, :]) * ~np.eye(P, dtype=bool))
-        # A pair that narrows is summed where its inputs are, another where its outputs are.
-        at_source = here[:, None] > there[None, :]
-        work = np.outer(here, there)
-        macs += (work * at_source).sum(axis=1) + (work * ~at_source).sum(axis=0)
+        numbers = layer.traffic() // _itemsize(direct)
+        if layer.weight_macs:
+            here = np.bincount(layer.input_owner, minlength=P)
+            there = np.bincount(layer.owner, minlength=P)
+            values = here[:, None] * layer.positions * (there > 0)
+            sums = np.broadcast_to(there * _output_positions(direct, layer), (P, P)) * (here[:, None] > 0)
+            numbers = np.minimum(values, sums) * ~np.eye(P, dtype=bool)
+            # A pair that narrows is summed where its inputs are, another where its outputs are.
+            at_source = values > sums
+            work = np.outer(here, there) * layer.weight_macs
+            macs += (work * at_source).sum(axis=1) + (work * ~at_source).sum(axis=0)
+        traffic.append(numbers)
     share = _dense_macs(direct.layers) / P
     return _cost_of_numbers(direct, traffic, busiest_macs=float(macs.max() / share))
 
 
-def direct_plan(chain: Chain, placement: Placement) -> Plan:
+def direct_plan(network: Network, placement: Placement) -> Plan:
     """The dense model split over the workers as it stands."""
-    return contiguous_plan(chain, placement, lambda index, lacking: lacking)
+    return contiguous_plan(network, placement, lambda name, lacking: lacking)
 
 
-def late_fusion_plan(chain: Chain, placement: Placement) -> Plan:
-    """Hidden layers block-diagonal as they stand; only the last layer's inputs are sent."""
-    last = len(chain.linears) - 1
-    return contiguous_plan(chain, placement, lambda index, lacking: lacking & (index == last))
+def late_fusion_plan(network: Network, placement: Placement) -> Plan:
+    """Hidden layers block-diagonal as they stand; only the last product's inputs are sent."""
+    last = network.products[-1]
+    return contiguous_plan(network, placement, lambda name, lacking: lacking & (name == last))
 
 
 @torch.no_grad()
 def filled_late_fusion_plan(
-    chain: Chain, placement: Placement, inputs: torch.Tensor, loss_weights: list[NDArray[np.float64]], numbers: int
+    network: Network,
+    placement: Placement,
+    inputs: torch.Tensor,
+    loss_weights: Mapping[str, NDArray[np.float64]],
+    numbers: int,
 ) -> Plan:
     """Late fusion at a given volume: each worker's part of the answer, summed, and values between hidden layers.
 
     The parts are partial sums where these are fewer than the values. Up to `numbers` a sample in all, the values of
-    most energy var(x_j) Σ g_i w_ij² (i on the receiving worker) are sent as well. `inputs` is (samples, n).
+    most energy var(x_j) Σ g_i w_ij² a number (i on the receiving worker) are sent as well. `inputs` is (samples, …).
     """
-    direct, last = direct_plan(chain, placement), len(chain.linears) - 1
-    values, gains = inputs, []
-    for index, layer in enumerate(direct.layers[:-1]):
-        linear = chain.linear(index)
-        row_energy = linear.weight.double().square().numpy() * loss_weights[index][:, None]
-        gain = row_energy.T @ np.eye(placement.n_workers)[layer.owner] * values.double().var(0).numpy()[:, None]
-        gains.append(np.where(layer.chosen_values, gain, -np.inf))
-        values = chain.after(index, outputs_of(linear.weight, linear.bias, values))
+    direct, last = direct_plan(network, placement), network.products[-1]
+    variance = column_variance(network, inputs)
+    gains, sizes = {}, {}
+    for layer in direct.layers:
+        if layer.weight_macs and layer.name != last:
+            module = network.product(layer.name)
+            squares = module.weight.double().flatten(1).square().numpy() * loss_weights[layer.name][:, None]
+            by_column = squares.T @ np.eye(placement.n_workers)[layer.owner] * variance[layer.name][:, None]
+            gain = np.zeros((len(layer.input_owner), placement.n_workers))
+            np.add.at(gain, column_value(module), by_column / layer.positions)
+            gains[layer.name] = np.where(layer.chosen_values, gain, -np.inf)
+            sizes[layer.name] = np.full(gain.shape, layer.positions)
 
     def filled(least: float) -> Plan:
-        def choose(index: int, lacking: NDArray[np.bool_]) -> NDArray[np.bool_]:
-            return lacking & (index == last or gains[index] >= least)
+        def choose(name: str, lacking: NDArray[np.bool_]) -> NDArray[np.bool_]:
+            return lacking if name == last else lacking & (gains[name] >= least)
 
-        return contiguous_plan(chain, placement, choose, sums=(last,))
+        return contiguous_plan(network, placement, choose, sums=(last,))
 
     left = numbers - cost_of(filled(np.inf)).values_per_sample
     if left < 1 or not gains:
         return filled(np.inf)
-    ranked = np.sort(np.concatenate([gain.ravel() for gain in gains]))[::-1]
-    return filled(float(ranked[min(left, len(ranked)) - 1]))
+    every, size = (np.concatenate([part.ravel() for part in parts.values()]) for parts in (gains, sizes))
+    order = np.argsort(-every, kind="stable")
+    within = np.flatnonzero(np.cumsum(size[order]) <= left)
+    return filled(float(every[order[within[-1]]]) if len(within) else np.inf)
 
 
-def sparse_plan(chain: Chain, placement: Placement, kept: list[int]) -> Plan:
-    """Magnitude pruning to `kept` weights in each layer, owners as they stand, sent what the weights read."""
-    weights = []
-    for index, count in enumerate(kept):
-        weight = chain.linear(index).weight.detach().clone()
+@torch.no_grad()
+def column_variance(network: Network, inputs: torch.Tensor) -> dict[str, NDArray[np.float64]]:
+    """(columns,) variance of what each product sums over in the original network, over all positions."""
+    sums: dict[str, torch.Tensor] = {}
+    squares: dict[str, torch.Tensor] = {}
+    count: dict[str, int] = {}
+    for batch in batches(len(inputs), network.batch_size):
+        values = {INPUT: inputs[batch]}
+        for step, output in network.graph.outputs(inputs[batch]):
+            values[step.name] = output
+            if step.name in network.products:
+                columns = columns_of(network.product(step.name), values[step.inputs[0]]).double()
+                zero = columns.new_zeros(columns.shape[1])
+                sums[step.name] = sums.get(step.name, zero) + columns.sum(0)
+                squares[step.name] = squares.get(step.name, zero) + columns.square().sum(0)
+                count[step.name] = count.get(step.name, 0) + len(columns)
+    return {name: (squares[name] / n - (sums[name] / n).square()).numpy() for name, n in count.items()}
+
+
+def sparse_weights(network: Network, kept: Mapping[str, int]) -> dict[str, torch.Tensor]:
+    """Magnitude pruning to so many weights in each product."""
+    weights = {}
+    for name, count in kept.items():
+        weight = network.product(name).weight.detach().clone()
         smallest = weight.abs().flatten().argsort(descending=True, stable=True)[count:]
         weight.view(-1)[smallest] = 0.0
-        weights.append(weight)
-    return contiguous_plan(chain, placement, lambda index, lacking: lacking, weights)
+        weights[name] = weight
+    return weights
+
+
+def sparse_plan(
+    network: Network,
+    placement: Placement,
+    kept: Mapping[str, int],
+    owners: Mapping[str, NDArray[np.int64]] | None = None,
+) -> Plan:
+    """Magnitude pruning to `kept` weights in each product, sent what the weights read; owners as `contiguous_plan`."""
+    weights = sparse_weights(network, kept)
+    return contiguous_plan(network, placement, lambda name, lacking: lacking, weights, owners=owners)
 
 
 @torch.no_grad()
 def contiguous_plan(
-    chain: Chain,
+    network: Network,
     placement: Placement,
     choose: Transfers,
-    weights: list[torch.Tensor] | None = None,
-    sums: Collection[int] = (),
+    weights: Mapping[str, torch.Tensor] | None = None,
+    sums: Collection[str] = (),
+    owners: Mapping[str, NDArray[np.int64]] | None = None,
 ) -> Plan:
     """Owners in the neurons' order, the original weights (or `weights`) wherever their values are held or sent.
 
-    In the layers `sums`, partial sums are sent in place of all values of a worker wherever they are fewer.
+    In the products `sums`, partial sums are sent in place of all values of a worker wherever they are fewer. `owners`
+    (m,) of the neurons of some products replace those in order.
     """
     P = placement.n_workers
-    modules = OrderedDict((str(i), copy.deepcopy(module)) for i, module in enumerate(chain.model))
-    input_owner = placement.input_owner
-    layers: list[PlannedLayer] = []
+    workers = Owners(network, placement)
+    layers: dict[str, SolvedLayer] = {}
     direct = 0
-    for index, position in enumerate(chain.linears):
-        linear = chain.linear(index)
-        weight = (linear.weight if weights is None else weights[index]).numpy()
-        capacity = placement.capacity(linear.out_features, index + 1 == len(chain.linears))
-        owner = np.searchsorted(np.cumsum(capacity), np.arange(linear.out_features), side="right")
-        remote = input_owner[:, None] != np.arange(P)
-        direct += int(remote[:, capacity > 0].sum()) * linear.weight.element_size()
-        sent = choose(index, remote & ((weight != 0).T @ np.eye(P, dtype=bool)[owner]))
-        weight = weight * (sent | ~remote).T[owner]
-        exchange = Exchange.of_transfers(sent, input_owner)
-        if index in sums:
-            exchange = _with_sums(exchange, input_owner, owner, weight)
-        bias = torch.zeros(linear.out_features) if linear.bias is None else linear.bias
-        name = str(position)
-        modules[name], layer = planned(name, input_owner, owner, exchange, weight, bias.numpy())
-        layers.append(layer)
-        input_owner = owner
-    model = nn.Sequential(modules).eval().requires_grad_(False)
-    return Plan(model, tuple(layers), P, direct, {})
+    for step in network.graph.steps:
+        name = step.name
+        if name not in network.products:
+            if network.is_source(name):
+                workers.place_source(name)
+            continue
+        module, wiring = network.product(name), workers.wiring(name)
+        weight = (module.weight if weights is None else weights[name]).numpy()
+        neuron_owner = in_order(wiring) if owners is None or name not in owners else owners[name]
+        workers.set(wiring.units, neuron_owner)
+        owner = neuron_owner[wiring.row_neuron]
+        remote = wiring.input_owner[:, None] != np.arange(P)
+        positions = network.positions(step.inputs[0])
+        direct += int(remote[:, wiring.capacity > 0].sum()) * positions * weight.itemsize
+        is_read = (weight != 0).reshape(*weight.shape[:2], -1).any(axis=2)
+        sent = choose(name, remote & (is_read.T @ np.eye(P, dtype=bool)[owner]))
+        kept = (sent | ~remote).T[owner]
+        weight = weight * kept.reshape(*kept.shape, *(1,) * (weight.ndim - 2))
+        exchange = Exchange.of_transfers(sent, wiring.input_owner)
+        if name in sums:
+            exchange = _with_sums(exchange, wiring.input_owner, owner, weight)
+        bias = np.zeros(len(weight), dtype=weight.dtype) if module.bias is None else module.bias.numpy()
+        layers[name] = SolvedLayer(owner, exchange, weight, bias)
+    return plan_of(network, placement, layers, workers.of_unit, int(direct + fixed_traffic(workers)), {})
+
+
+def in_order(wiring: Wiring) -> NDArray[np.int64]:
+    """(m,) owners in the neurons' order: each worker is filled before the next one; what is given stays."""
+    owner = np.full(len(wiring.units), -1)
+    left = wiring.capacity.copy()
+    given = wiring.allowed.sum(axis=1) == 1
+    owner[given] = wiring.allowed[given].argmax(axis=1)
+    np.subtract.at(left, owner[given], wiring.load[given])
+    for neuron in np.flatnonzero(~given):
+        fits = np.flatnonzero((left >= wiring.load[neuron] - 1e-9) & wiring.allowed[neuron])
+        owner[neuron] = fits[0]
+        left[fits[0]] -= wiring.load[neuron]
+    return owner
 
 
 def _with_sums(
@@ -180,14 +244,32 @@ def _with_sums(
     messages = dict(exchange.messages)
     for source, target in exchange.messages:
         held, rows = np.flatnonzero(input_owner == source), np.flatnonzero(owner == target)
-        if messages[source, target].size == len(held) > len(rows):
+        if weight.ndim == 2 and messages[source, target].size == len(held) > len(rows):
             messages[source, target] = Code.spanning(weight[np.ix_(rows, held)])
     return Exchange(exchange.n, exchange.P, messages)
 
 
+def _itemsize(plan: Plan) -> int:
+    return plan.layers[0].value_bytes // plan.layers[0].positions
+
+
+def _output_positions(plan: Plan, layer: PlannedLayer) -> int:
+    module = plan.model.get_submodule(layer.name)
+    assert isinstance(module, Product)
+    return layer.weight_macs // int(np.prod(module.weight.shape[2:]))
+
+
+def _input_numbers(plan: Plan) -> NDArray[np.int64]:
+    """(P,) numbers of a sample that each worker holds; none of an input that all of them have."""
+    if plan.input_owner is None:
+        return np.zeros(plan.n_workers, dtype=np.int64)
+    each = int(np.prod(plan.input_shape)) // len(plan.input_owner)
+    return np.bincount(plan.input_owner, minlength=plan.n_workers) * each
+
+
 def _cost_of_numbers(direct: Plan, traffic: list[NDArray[np.int64]], busiest_macs: float) -> Cost:
     numbers = np.sum(traffic, axis=0)
-    size = direct.layers[0].value_bytes
+    size = _itemsize(direct)
     sent = int(numbers.sum())
     busiest = int(max(numbers.sum(axis=0).max(), numbers.sum(axis=1).max())) * size
     messages = sum(int(np.count_nonzero(layer)) for layer in traffic)
@@ -195,4 +277,4 @@ def _cost_of_numbers(direct: Plan, traffic: list[NDArray[np.int64]], busiest_mac
 
 
 def _dense_macs(layers: tuple[PlannedLayer, ...]) -> int:
-    return sum(len(layer.owner) * len(layer.input_owner) for layer in layers)
+    return sum(len(layer.owner) * len(layer.input_owner) * layer.weight_macs for layer in layers)

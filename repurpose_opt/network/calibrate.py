@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 from torch.nn import functional
 
 from repurpose_opt.errors import InvalidArgument
-from repurpose_opt.network.trace import Chain
+from repurpose_opt.network.columns import batches
+from repurpose_opt.network.trace import Network
 
-BATCH = 2048
 LOSSES = ("cross_entropy", "squared_error")
 
 
@@ -33,16 +34,19 @@ def gather(data: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     return inputs, labels
 
 
-def check_loss(loss: str, chain: Chain) -> None:
+def check_loss(loss: str, network: Network) -> None:
     """Raises InvalidArgument where the loss is unknown or says nothing about a model's outputs."""
     if loss not in LOSSES:
         raise InvalidArgument("loss", repr(loss), " or ".join(LOSSES))
-    if loss == "cross_entropy" and chain.linear(-1).out_features == 1:
-        raise InvalidArgument("loss", "cross_entropy for a model with one output", "squared_error")
+    shape = network.shapes[network.output]
+    if loss == "cross_entropy" and (len(shape) != 1 or shape[0] == 1):
+        raise InvalidArgument(
+            "loss", f"cross_entropy for outputs of shape {shape}", "squared_error, or several classes"
+        )
 
 
-def checked_labels(labels: torch.Tensor, loss: str, outputs: int) -> torch.Tensor:
-    """Labels as the loss takes them: classes (samples,) int64, or numbers (samples, outputs).
+def checked_labels(labels: torch.Tensor, loss: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Labels as the loss takes them: classes (samples,) int64, or numbers of the outputs' shape (samples, …).
 
     Raises InvalidArgument.
     """
@@ -51,48 +55,66 @@ def checked_labels(labels: torch.Tensor, loss: str, outputs: int) -> torch.Tenso
         is_whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
         if labels.ndim != 1 or not is_whole:
             raise InvalidArgument("data", got, "(samples,) whole numbers for the loss cross_entropy")
-        if labels.min() < 0 or labels.max() >= outputs:
-            raise InvalidArgument("data", f"labels {labels.min()} … {labels.max()}", f"0 … {outputs - 1}")
+        if labels.min() < 0 or labels.max() >= shape[0]:
+            raise InvalidArgument("data", f"labels {labels.min()} … {labels.max()}", f"0 … {shape[0] - 1}")
         return labels.long()
-    if labels.ndim == 1 and outputs == 1:
+    if labels.ndim == 1 and shape == (1,):
         labels = labels[:, None]
-    if labels.shape[1:] != (outputs,) or not torch.isfinite(labels).all():
-        raise InvalidArgument("data", got, f"(samples, {outputs}) finite numbers for the loss squared_error")
+    if labels.shape[1:] != shape or not torch.isfinite(labels).all():
+        allowed = ", ".join(map(str, ("samples", *shape)))
+        raise InvalidArgument("data", got, f"({allowed}) finite numbers for the loss squared_error")
     return labels
 
 
 @torch.enable_grad()
 def loss_weights(
-    chain: Chain, inputs: torch.Tensor, seed: int, loss: str = "cross_entropy"
-) -> list[NDArray[np.float64]]:
-    """For each linear layer g (m,) = E[(∂loss/∂z_i)²] at its outputs z: the diagonal Fisher information.
+    network: Network, inputs: torch.Tensor, seed: int, loss: str = "cross_entropy"
+) -> dict[str, NDArray[np.float64]]:
+    """For each product g (m,) = E[Σ (∂loss/∂z_i)²] over positions of its outputs z: the diagonal Fisher information.
 
     The labels are drawn from the model's own prediction (Martens 2020, "New insights and perspectives on the natural
     gradient method", section 5), so no true label is needed: classes for cross_entropy; for squared_error the outputs
-    plus unit Gaussian noise ε, which makes the gradient Jᵀε.
+    plus unit Gaussian noise ε, which makes the gradient Jᵀε. A mean error over positions times this sum is the sum of
+    all positions' errors, where gradients do not depend on the place.
 
     Raises InvalidArgument where the outputs are not finite.
     """
     generator = torch.Generator().manual_seed(seed)
-    widths = [chain.linear(index).out_features for index in range(len(chain.linears))]
-    squares = [torch.zeros(width, dtype=torch.float64) for width in widths]
-    for batch in inputs.split(BATCH):
-        # Zeros added to each layer's outputs: the gradient there is the gradient of the outputs.
-        probes = [torch.zeros(len(batch), width, dtype=batch.dtype, requires_grad=True) for width in widths]
-        value = chain.before_first(batch)
-        for index, probe in enumerate(probes):
-            value = chain.after(index, chain.linear(index)(value) + probe)
-        if not torch.isfinite(value).all():
+    squares: dict[str, torch.Tensor] = {}
+    for batch in batches(len(inputs), network.batch_size):
+        probes: dict[str, torch.Tensor] = {}
+        outputs = _probed(network, inputs[batch], probes)
+        if not torch.isfinite(outputs).all():
             raise InvalidArgument("data", "inputs on which the model answers NaN or infinity", "finite outputs")
-        gradients = torch.autograd.grad(_sampled_loss(value, loss, generator), probes)
-        for total, gradient in zip(squares, gradients, strict=True):
-            total += gradient.double().square().sum(0)
-    return [(total / len(inputs)).numpy() for total in squares]
+        gradients = torch.autograd.grad(
+            _sampled_loss(outputs, loss, generator), list(probes.values()), allow_unused=True
+        )
+        for (name, probe), gradient in zip(probes.items(), gradients, strict=True):
+            layout = network.layouts[name]
+            assert layout is not None
+            seen = torch.zeros_like(probe) if gradient is None else gradient
+            by_row = seen.double().square().movedim(layout.axis, 0).flatten(1).sum(1)
+            squares[name] = squares.get(name, torch.zeros_like(by_row)) + by_row
+    return {name: (total / len(inputs)).numpy() for name, total in squares.items()}
 
 
-def outputs_of(weight: torch.Tensor, bias: torch.Tensor | None, values: torch.Tensor) -> torch.Tensor:
-    """(samples, m) a linear layer's outputs, in batches."""
-    return torch.cat([functional.linear(batch, weight, bias) for batch in values.split(BATCH)])
+def _probed(network: Network, inputs: torch.Tensor, probes: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The network's outputs; to each product's, zeros are added, where the gradient is that of the outputs."""
+
+    def probe(name: str) -> Any:
+        def hook(module: nn.Module, given: Any, output: torch.Tensor) -> torch.Tensor:
+            probes[name] = torch.zeros_like(output, requires_grad=True)
+            return output + probes[name]
+
+        return hook
+
+    handles = [network.product(name).register_forward_hook(probe(name)) for name in network.products]
+    try:
+        outputs: torch.Tensor = network.graph(inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return outputs
 
 
 def _sampled_loss(outputs: torch.Tensor, loss: str, generator: torch.Generator) -> torch.Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -12,32 +13,52 @@ from torch.nn import functional
 
 from repurpose_opt.errors import InvalidArgument
 
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(outputs, labels) → a number"""
+Optimizer = Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer]
+"""(parameters, learning rate) → an optimiser of torch.optim"""
+CHECKS = 20
+"""How often the validation samples are looked at."""
+
 
 @dataclass(frozen=True)
 class FineTuning:
     """Adam with a one-cycle learning rate.
 
-    steps         batches to train on
-    batch_size    samples a batch
-    learning_rate the highest of the cycle
-    distillation  share of the loss that compares with the original model's outputs instead of the labels;
-                  1 needs no labels
+    steps             batches to train on, over all rounds
+    batch_size        samples a batch
+    learning_rate     the highest of the cycle
+    distillation      share of the loss that compares with the original model's outputs instead of the labels;
+                      1 needs no labels
+    optimizer         (parameters, learning rate) → torch.optim.Optimizer; None: Adam
+    loss              (outputs, labels) → number; None: that of `repurpose`
+    validation_share  of the data that is not trained on; the weights that are best on it, of 20 looks, are kept
+    patience          looks without a better one after which training ends early; needs a validation_share
     """
 
     steps: int = 1000
     batch_size: int = 128
     learning_rate: float = 1e-3
     distillation: float = 0.0
+    optimizer: Optimizer | None = None
+    loss: Loss | None = None
+    validation_share: float = 0.0
+    patience: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size"):
+        for name in ("steps", "batch_size", "patience"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            is_whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+            if not is_whole and not (name == "patience" and value is None):
                 raise InvalidArgument(name, repr(value), "a whole number ≥ 1")
         if not 0 < self.learning_rate < math.inf:
             raise InvalidArgument("learning_rate", self.learning_rate, "a finite number > 0")
         if not 0 <= self.distillation <= 1:
             raise InvalidArgument("distillation", self.distillation, "a share in [0, 1]")
+        if not 0 <= self.validation_share < 1:
+            raise InvalidArgument("validation_share", self.validation_share, "a share in [0, 1)")
+        if self.patience is not None and self.validation_share == 0:
+            raise InvalidArgument("patience", self.patience, "None without a validation_share")
 
 
 Batch = tuple[torch.Tensor, torch.Tensor | None]
@@ -45,37 +66,47 @@ Batch = tuple[torch.Tensor, torch.Tensor | None]
 
 @torch.enable_grad()
 def fine_tune(
-    model: nn.Sequential,
+    model: nn.Module,
     batches: Iterator[Batch],
     settings: FineTuning,
     teacher: nn.Module | None = None,
     *,
     loss: str = "cross_entropy",
     seed: int = 0,
+    validation: Batch | None = None,
 ) -> None:
     """Train `model` in place on `settings.steps` batches; weights, encoders and decoders that are zero stay zero.
 
     `teacher` is the original model, needed for distillation. `loss` is "cross_entropy" or "squared_error"; `seed` is
-    for Dropout. The model ends in evaluation mode.
+    for Dropout. With `validation` samples, the weights of least loss on them are kept. The model ends in evaluation
+    mode.
     """
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
     masks = [(matrix, matrix != 0) for matrix in matrices if not matrix.all()]
-    parameters = [parameter.requires_grad_() for parameter in model.parameters()]
-    optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate, fused=True)
+    parameters = list(model.requires_grad_().parameters())
+    make = settings.optimizer or (lambda given, rate: torch.optim.Adam(given, lr=rate, fused=True))
+    optimizer = make(parameters, settings.learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, settings.learning_rate, total_steps=max(settings.steps, 2)
+        optimizer,
+        settings.learning_rate,
+        total_steps=max(settings.steps, 2),
+        cycle_momentum=settings.optimizer is None,
     )
+    compare = settings.loss or (functional.mse_loss if loss == "squared_error" else functional.cross_entropy)
+    best = _Best(settings, model, validation, lambda batch: _loss(model, batch, settings, compare, teacher, loss))
     model.train()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for _ in range(settings.steps):
-            inputs, labels = next(batches)
-            value = _loss(model(inputs), inputs, labels, settings.distillation, teacher, loss)
+        for step in range(settings.steps):
+            value = _loss(model, next(batches), settings, compare, teacher, loss)
             optimizer.zero_grad()
             value.backward()
             optimizer.step()
             schedule.step()
             hold_at_zero(masks)
+            if best.is_final_after(step + 1):
+                break
+    best.restore()
     model.eval().requires_grad_(False)
 
 
@@ -96,23 +127,76 @@ def batches_of(inputs: torch.Tensor, labels: torch.Tensor | None, size: int, see
             yield inputs[chosen], None if labels is None else labels[chosen]
 
 
+def held_out(inputs: torch.Tensor, labels: torch.Tensor | None, share: float, seed: int) -> tuple[Batch, Batch | None]:
+    """Samples to train on and, where the share is above 0, samples for validation; the same ones for the same seed."""
+    if share == 0:
+        return (inputs, labels), None
+    order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed))
+    count = max(1, round(share * len(inputs)))
+    training, validation = order[count:], order[:count]
+    if len(training) == 0:
+        raise InvalidArgument("validation_share", share, f"one that leaves samples of {len(inputs)} to train on")
+    parts = [(inputs[part], None if labels is None else labels[part]) for part in (training, validation)]
+    return parts[0], parts[1]
+
+
+def in_rounds(settings: FineTuning, rounds: int) -> list[FineTuning]:
+    """The steps shared by rounds: half of them for the last one, where all is pruned that will be."""
+    if rounds == 1:
+        return [settings]
+    early = max(1, settings.steps // (2 * (rounds - 1)))
+    last = max(1, settings.steps - early * (rounds - 1))
+    return [replace(settings, steps=early)] * (rounds - 1) + [replace(settings, steps=last)]
+
+
+class _Best:
+    """The weights of least loss on validation samples, if there are any."""
+
+    def __init__(
+        self, settings: FineTuning, model: nn.Module, samples: Batch | None, loss: Callable[[Batch], torch.Tensor]
+    ) -> None:
+        self.settings, self.model, self.samples, self.loss = settings, model, samples, loss
+        self.least, self.looks_since = math.inf, 0
+        self.state: dict[str, torch.Tensor] | None = None
+
+    @torch.no_grad()
+    def is_final_after(self, steps: int) -> bool:
+        """Looks at the samples now and then; whether patience has run out."""
+        if self.samples is None or steps % max(1, self.settings.steps // CHECKS):
+            return False
+        self.model.eval()
+        inputs, labels = self.samples
+        parts = [
+            (batch, None if labels is None else labels[start : start + len(batch)])
+            for start, batch in zip(range(0, len(inputs), 1024), inputs.split(1024), strict=True)
+        ]
+        value = sum(float(self.loss(part)) * len(part[0]) for part in parts) / len(inputs)
+        self.model.train()
+        self.looks_since += 1
+        if value < self.least:
+            self.least, self.looks_since, self.state = value, 0, copy.deepcopy(self.model.state_dict())
+        return self.settings.patience is not None and self.looks_since >= self.settings.patience
+
+    def restore(self) -> None:
+        if self.state is not None:
+            self.model.load_state_dict(self.state)
+
+
 def _loss(
-    outputs: torch.Tensor,
-    inputs: torch.Tensor,
-    labels: torch.Tensor | None,
-    distillation: float,
-    teacher: nn.Module | None,
-    loss: str,
+    model: nn.Module, batch: Batch, settings: FineTuning, compare: Loss, teacher: nn.Module | None, loss: str
 ) -> torch.Tensor:
-    is_squared = loss == "squared_error"
-    compare = functional.mse_loss if is_squared else functional.cross_entropy
-    total = outputs.new_zeros(())
-    if distillation < 1:
+    inputs, labels = batch
+    outputs = model(inputs)
+    total: torch.Tensor = outputs.new_zeros(())
+    if settings.distillation < 1:
         assert labels is not None
-        total = total + (1 - distillation) * compare(outputs, labels)
-    if distillation > 0:
+        total = total + (1 - settings.distillation) * compare(outputs, labels)
+    if settings.distillation > 0:
         assert teacher is not None
         with torch.no_grad():
             target = teacher(inputs)
-        total = total + distillation * compare(outputs, target if is_squared else target.softmax(1))
+        if loss == "squared_error":
+            total = total + settings.distillation * functional.mse_loss(outputs, target)
+        else:
+            total = total + settings.distillation * functional.cross_entropy(outputs, target.softmax(1))
     return total

@@ -1,31 +1,36 @@
-"""One forward sweep: layer after layer is calibrated on what it really receives, placed, pruned and repaired."""
+"""One forward sweep: product after product is calibrated on what it really receives, placed, pruned and repaired."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from repurpose_opt import metrics
 from repurpose_opt.exchange import Exchange
 from repurpose_opt.formulation import Formulation
 from repurpose_opt.moments import Moments
-from repurpose_opt.network.calibrate import outputs_of
 from repurpose_opt.network.checkpoint import Checkpoint
-from repurpose_opt.network.trace import Chain
+from repurpose_opt.network.columns import column_value, in_batches, moments_of, product
+from repurpose_opt.network.lookahead import Reading, energies, onward
+from repurpose_opt.network.owners import Owners, Placement, Wiring, fixed_traffic
+from repurpose_opt.network.trace import Network
 from repurpose_opt.problem import LayerProblem
 from repurpose_opt.progress import Report
+from repurpose_opt.runtime.graph import INPUT
+from repurpose_opt.runtime.modules import Role, role_of
 from repurpose_opt.solve import solve_problem
 from repurpose_opt.solver import SolveOptions
 
 
 @dataclass(frozen=True, eq=False)
 class SolvedLayer:
-    """One layer of a sweep: owners (m,), messages, weights V (m, n) and bias (m,) in the model's dtype.
+    """One product of a sweep: owners (m,) of its rows, messages, V (m, n, …) and bias (m,) in the model's dtype.
 
     V is the effective weight, U R in blocks that a code covers.
     """
@@ -35,147 +40,215 @@ class SolvedLayer:
     weight: NDArray[np.floating]
     bias: NDArray[np.floating]
 
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Flat arrays for a file."""
+        own = {"owner": self.owner, "weight": self.weight, "bias": self.bias}
+        sizes = np.array([self.exchange.n, self.exchange.P])
+        return own | {"sizes": sizes} | {f"message-{name}": part for name, part in self.exchange.arrays().items()}
+
+    @staticmethod
+    def of_arrays(arrays: Mapping[str, NDArray[Any]]) -> SolvedLayer:
+        """Raises ValueError or KeyError where the arrays are not those of a layer."""
+        n, P = arrays["sizes"].tolist()
+        messages = {name.removeprefix("message-"): arrays[name] for name in arrays if name.startswith("message-")}
+        return SolvedLayer(arrays["owner"], Exchange.of_arrays(n, P, messages), arrays["weight"], arrays["bias"])
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """A solved product, and what the trial needs of its problem."""
+
+    layer: SolvedLayer
+    neuron_owner: NDArray[np.int64]
+    """(neurons,)"""
+    energy: NDArray[np.float64]
+    """(n, P) of `Reading`"""
+    volume: int
+    """Bytes a sample."""
+    direct_volume: int
+    """Bytes a sample."""
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        volumes = np.array([self.volume, self.direct_volume])
+        return {"neuron_owner": self.neuron_owner, "energy": self.energy, "volumes": volumes} | self.layer.arrays()
+
+    @staticmethod
+    def of_arrays(arrays: Mapping[str, NDArray[Any]]) -> Solution:
+        """Raises ValueError or KeyError where the arrays are not those of a solution."""
+        volume, direct = arrays["volumes"].tolist()
+        return Solution(SolvedLayer.of_arrays(arrays), arrays["neuron_owner"], arrays["energy"], volume, direct)
+
 
 @dataclass(frozen=True, eq=False)
 class Trial:
-    """The whole network under one formulation for every layer."""
+    """The whole network under one formulation for every product."""
 
     formulation: Formulation
-    layers: tuple[SolvedLayer, ...]
+    layers: dict[str, SolvedLayer]
+    """By the name of the product."""
+    unit_owner: NDArray[np.int64]
+    """(n_units,)"""
     volume: int
-    """Bytes a sample."""
+    """Bytes a sample, of norms and gatherings too."""
     direct_volume: int
     """Bytes a sample."""
     output_nmse: float
     """E‖z − ẑ‖² / E‖z‖² of the network's outputs on the calibration data."""
 
 
-@dataclass(frozen=True)
-class Placement:
-    """Where things may be: what stays the same over all sweeps of a run."""
-
-    n_workers: int
-    input_owner: NDArray[np.int64]
-    """(n,) of the first linear layer."""
-    output_owner: tuple[int, ...]
-    """Workers that may hold outputs."""
-    share: NDArray[np.float64]
-    """(P,) relative capacity, sums to 1."""
-    link_price: NDArray[np.float64] | None
-
-    def capacity(self, neurons: int, is_last: bool) -> NDArray[np.float64]:
-        """(P,) neurons that each worker may hold."""
-        share = self.share.copy()
-        if is_last:
-            share[np.setdiff1d(np.arange(self.n_workers), self.output_owner)] = 0.0
-            share = share / share.sum()
-        return np.ceil(np.round(neurons * share, 9))
-
-
 @dataclass
 class Sweep:
-    """Runs trials on one calibration set. The first layer's moments are computed once: its inputs never change.
+    """Runs trials on one calibration set.
 
-    A trial starts each layer from the owners of the trial before, so the order of trials matters to the answer.
+    A trial starts each product from the owners of the trial before, and pays for what its values cost those that read
+    them there (look-ahead), so the order of trials matters to the answer.
     """
 
-    chain: Chain
+    network: Network
     inputs: torch.Tensor
-    """(samples, n) of the first linear layer."""
-    loss_weights: list[NDArray[np.float64]]
+    """(samples, …) of the network."""
+    loss_weights: dict[str, NDArray[np.float64]]
+    """g (m,) of each product."""
     placement: Placement
     partitioner: str
     pruner: str
     options: SolveOptions
     checkpoint: Checkpoint
     report: Report
+    looks_ahead: bool = True
     trials: list[Trial] = field(default_factory=list)
-    owners: dict[int, NDArray[np.int64]] = field(default_factory=dict)
+    owners: dict[str, NDArray[np.int64]] = field(default_factory=dict)
+    """(m,) owners of each product's neurons in the trial before."""
+    readings: dict[str, Reading] = field(default_factory=dict)
+    """What each product read in the trial before."""
+    exact_moments: dict[str, Moments] = field(default_factory=dict)
+    """Of products that receive what they did in the original network, which no trial changes."""
 
     @cached_property
-    def first_moments(self) -> Moments:
-        self.report("calibrating")
-        return Moments.from_samples(self.inputs.numpy())
-
-    @property
     def most_volume(self) -> int:
-        """Bytes a sample that no trial can exceed: every value goes to every worker that may need it.
+        """Bytes a sample that no trial can exceed: every value goes to every worker.
 
         Nor can codes, of which none has more numbers than the values that it combines.
         """
-        others = [self.placement.n_workers - 1] * len(self.chain.linears)
-        others[-1] = min(others[-1], len(self.placement.output_owner))
-        linears = [self.chain.linear(index) for index in range(len(others))]
-        return sum(
-            linear.in_features * linear.weight.element_size() * count
-            for linear, count in zip(linears, others, strict=True)
-        )
+        network, others = self.network, self.placement.n_workers - 1
+        sizes = [
+            len(network.units(read)) * network.positions(read)
+            for step in network.graph.steps
+            if role_of(network.graph.module(step.name)) in (Role.PRODUCT, Role.GATHER, Role.NORM)
+            for read in step.inputs
+            if network.layouts[read] is not None
+        ]
+        return int(sum(sizes)) * others * network.dtype.itemsize * 2
 
     @torch.no_grad()
     def run(self, formulation: Formulation) -> Trial:
-        """Sweep once with the same formulation for every layer. Raises NoSolution."""
-        original = received = self.inputs
-        input_owner = self.placement.input_owner
-        layers: list[SolvedLayer] = []
+        """Sweep once with the same formulation for every product. Raises NoSolution."""
+        network, graph = self.network, self.network.graph
+        owners = Owners(network, self.placement)
+        original, received = {INPUT: self.inputs}, {INPUT: self.inputs}
+        layers: dict[str, SolvedLayer] = {}
         volume = direct = 0
-        count = len(self.chain.linears)
-        for index in range(count):
-            self.report(f"trial {len(self.trials) + 1}, layer {index + 1} of {count}")
-            linear = self.chain.linear(index)
-            problem = self._problem(index, linear, original, received, input_owner)
-            key = f"trial-{len(self.trials)}-layer-{index}"
-            solved = self.checkpoint.read(key) or self.checkpoint.write(key, self._solve(index, problem, formulation))
-            layers.append(solved)
-            volume += metrics.volume(problem, solved.exchange)
-            direct += problem.direct_volume
-            self.owners[index] = input_owner = solved.owner
-            original = outputs_of(linear.weight, linear.bias, original)
-            received = outputs_of(torch.from_numpy(solved.weight), torch.from_numpy(solved.bias), received)
-            original, received = self.chain.after(index, original), self.chain.after(index, received)
-        error = float((original - received).double().square().sum())
-        nmse = error / max(float(original.double().square().sum()), np.finfo(float).tiny)
-        trial = Trial(formulation, tuple(layers), volume, direct, nmse)
+        last_readers, size = graph.last_readers, network.batch_size
+        for step in graph.steps:
+            module, name = graph.module(step.name), step.name
+            reads = [original[i] for i in step.inputs], [received[i] for i in step.inputs]
+            original[name] = in_batches(module, size, *reads[0])
+            if name in network.products:
+                wiring = owners.wiring(name)
+                found = self._found(name, wiring, reads[0][0], reads[1][0], formulation)
+                layers[name] = solved = found.layer
+                owners.set(wiring.units, found.neuron_owner)
+                volume += found.volume
+                direct += found.direct_volume
+                weight, bias = torch.from_numpy(solved.weight), torch.from_numpy(solved.bias)
+                received[name] = product(network.product(name), weight, bias, reads[1][0], size)
+            else:
+                if role_of(module) is Role.SOURCE:
+                    owners.place_source(name)
+                is_same = all(a is b for a, b in zip(*reads, strict=True))
+                received[name] = original[name] if is_same else in_batches(module, size, *reads[1])
+            for read in {i for i in step.inputs if last_readers[i] == name}:
+                del original[read], received[read]
+        fixed = fixed_traffic(owners)
+        error = float((original[network.output] - received[network.output]).double().square().sum())
+        nmse = error / max(float(original[network.output].double().square().sum()), np.finfo(float).tiny)
+        trial = Trial(formulation, layers, owners.of_unit, volume + fixed, direct + fixed, nmse)
         self.trials.append(trial)
         return trial
 
-    def _problem(
+    def _found(
         self,
-        index: int,
-        linear: nn.Linear,
+        name: str,
+        wiring: Wiring,
         original: torch.Tensor,
         received: torch.Tensor,
-        input_owner: NDArray[np.int64],
-    ) -> LayerProblem:
-        is_first = index == 0
-        moments = self.first_moments if is_first else Moments.from_samples(received.numpy(), original.numpy())
-        is_last = index + 1 == len(self.chain.linears)
+        formulation: Formulation,
+    ) -> Solution:
+        """The solution of a product, from the checkpoint if it is there; kept for the next trial as well."""
+        key = f"trial-{len(self.trials)}-{name}"
+        found = self.checkpoint.read(key, Solution.of_arrays)
+        if found is None:
+            problem = self._problem(name, wiring, original, received)
+            self.report(f"trial {len(self.trials) + 1}, {name}")
+            found = self._solve(name, problem, wiring, formulation)
+            self.checkpoint.write(key, found.arrays())
+        self.owners[name] = found.neuron_owner
+        read = self.network.read(name)
+        size = self.network.positions(read) * self.network.dtype.itemsize
+        self.readings[name] = Reading(self.network.units(read), found.energy, size, self.placement.prices)
+        return found
+
+    def _problem(self, name: str, wiring: Wiring, original: torch.Tensor, received: torch.Tensor) -> LayerProblem:
+        module = self.network.product(name)
+        moments = self.exact_moments.get(name)
+        if moments is None or received is not original:
+            self.report(f"trial {len(self.trials) + 1}, {name}: calibrating")
+            moments = moments_of(module, received, original, self.network.batch_size)
+            if received is original:
+                self.exact_moments[name] = moments
+        weight = module.weight.numpy()
+        value_bytes = self.network.positions(self.network.read(name)) * weight.itemsize
         return LayerProblem.create(
-            linear.weight,
+            weight.reshape(len(weight), -1),
             self.placement.n_workers,
-            input_owner=input_owner,
+            input_owner=wiring.input_owner,
             moments=moments,
-            bias=None if linear.bias is None else linear.bias.numpy(),
-            capacity=self.placement.capacity(linear.out_features, is_last),
+            bias=None if module.bias is None else module.bias.numpy(),
+            capacity=wiring.capacity,
+            load=wiring.load,
+            allowed=wiring.allowed,
+            value_bytes=np.full(len(wiring.input_owner), value_bytes),
             link_price=self.placement.link_price,
-            output_weight=self.loss_weights[index],
+            output_weight=self.loss_weights[name],
+            column_value=column_value(module),
+            row_neuron=wiring.row_neuron,
         )
 
-    def _solve(self, index: int, problem: LayerProblem, formulation: Formulation) -> SolvedLayer:
+    def _start(self, name: str, problem: LayerProblem) -> NDArray[np.int64] | None:
+        """The owners of the trial before, where they are valid with what else of their units is placed by now."""
+        owner = self.owners.get(name)
+        return None if owner is None or metrics.placement_violations(problem, owner) else owner
+
+    def _solve(self, name: str, problem: LayerProblem, wiring: Wiring, formulation: Formulation) -> Solution:
+        price = getattr(formulation, "transfer_price", None)
+        solved_for = formulation
+        if self.looks_ahead and price:
+            solved_for = onward(formulation, problem, wiring.units, self.readings, price)
+        is_given = bool((wiring.allowed.sum(axis=1) == 1).all())
         solution = solve_problem(
             problem,
-            formulation,
+            solved_for,
             self.options,
-            partitioner=self.partitioner,
+            partitioner="contiguous" if is_given else self.partitioner,
             pruner=self.pruner,
-            start=self.owners.get(index),
+            start=self._start(name, problem),
         ).require()
         assert solution.owner is not None
         assert solution.exchange is not None
         assert solution.weight is not None
         assert solution.bias is not None
-        return SolvedLayer(
-            solution.owner,
-            solution.exchange,
-            solution.weight,
-            solution.bias.astype(problem.weight.dtype),
-        )
+        row_owner = solution.owner[problem.row_neuron]
+        weight = np.ascontiguousarray(solution.weight).reshape(self.network.product(name).weight.shape)
+        layer = SolvedLayer(row_owner, solution.exchange, weight, solution.bias.astype(problem.weight.dtype))
+        volume = metrics.volume(problem, solution.exchange)
+        return Solution(layer, solution.owner, energies(problem, row_owner), volume, problem.direct_volume)

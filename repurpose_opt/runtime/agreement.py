@@ -19,7 +19,7 @@ class Readiness:
     digest: str = ""
     """Of the manifest."""
     inputs: tuple[int, ...] = ()
-    """(samples, n)"""
+    """(samples, …)"""
     batch_size: int = 0
     sent_counts: tuple[tuple[int, ...], ...] = ()
     """(layers, P) numbers that it is about to send to each worker for one sample."""
@@ -64,7 +64,7 @@ def _errors(workers: Sequence[Readiness]) -> str | None:
 def _difference(workers: Sequence[Readiness]) -> str | None:
     meanings = {
         "digest": "plan (SHA-256 of its manifest)",
-        "inputs": "input (samples, columns)",
+        "inputs": "input (samples, …)",
         "batch_size": "batch size",
     }
     for field, meaning in meanings.items():

@@ -40,14 +40,15 @@ class ExchangeStep:
     """Sends what other workers need of the values held here and receives what is needed from them.
 
     What arrives, values or numbers of codes, stands behind the held values as columns: decoding is part of the
-    layer's own product. `encoder` is (numbers encoded here, values held), None where this worker encodes none.
+    layer's own product. `encoder` is (numbers encoded here, values held), None where this worker encodes none. Where
+    values have positions, "samples" are all positions of all samples. A norm's held values are its statistics.
     """
 
     def __init__(
         self, layer: PlannedLayer, worker: int, batch_size: int, dtype: torch.dtype, encoder: torch.Tensor | None = None
     ) -> None:
         P = layer.n_workers
-        held = layer.held(worker)
+        held = layer.sendable(worker)
         messages = [layer.message(worker, target) for target in range(P)]
         self.name = layer.name
         self.is_needed = bool(layer.messages)
@@ -57,11 +58,11 @@ class ExchangeStep:
         self.bytes_sent: NDArray[np.int64] = np.zeros(P, dtype=np.int64)
         """(P,) counted so far from the tensors that were handed over."""
         self.messages_sent = 0
-        self._batch_size = batch_size
+        self._batch_size = batch_size * layer.positions
         self._held = len(held)
         self._encoders = _encoders(layer, worker, encoder)
-        self._sent = torch.empty(sum(self.sent_counts) * batch_size, dtype=dtype)
-        self._inputs = torch.empty((len(held) + sum(self.received_counts)) * batch_size, dtype=dtype)
+        self._sent = torch.empty(sum(self.sent_counts) * self._batch_size, dtype=dtype)
+        self._inputs = torch.empty((len(held) + sum(self.received_counts)) * self._batch_size, dtype=dtype)
 
     def run(self, values: torch.Tensor, send: Send) -> torch.Tensor:
         """From the held values (held, samples) to all values that the worker has (columns, samples).
@@ -96,7 +97,7 @@ class ExchangeStep:
 
 def _encoders(layer: PlannedLayer, worker: int, encoder: torch.Tensor | None) -> list[Encoder]:
     """What fills the rows to be sent, in order; neighbouring targets that are sent the same kind are one."""
-    held, encoded = layer.held(worker), layer.encoded(worker)
+    held, encoded = layer.sendable(worker), layer.encoded(worker)
     targets = [target for target in range(layer.n_workers) if (worker, target) in layer.messages]
     encoders, start = [], 0
 

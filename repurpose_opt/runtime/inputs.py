@@ -1,53 +1,103 @@
-"""The input file of a run: memory-mapped, of which a worker reads the columns that it holds."""
+"""The input of a run, in a file or in memory: what every worker reads of it."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from repurpose_opt.errors import RepurposeError
-from repurpose_opt.runtime.layer import Indices
-from repurpose_opt.runtime.manifest import Manifest
+from repurpose_opt.runtime.graph import INPUT, Graph
+from repurpose_opt.runtime.splits import Split, is_flattened, reads_ids
 
-ROWS_AT_ONCE = 4096
+NUMBERS_AT_ONCE = 1 << 22
 
 
-def open_inputs(path: Path, manifest: Manifest) -> NDArray[Any]:
-    """(samples, n) view of a .npy file; a plan that begins with Flatten takes more dimensions too.
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """Reads the part of an input (samples, …) that one worker holds."""
 
-    Raises RepurposeError, naming the file, where it is missing, is no such array or has another number of columns.
+    split: Split
+    worker: int
+    dtype: str
+    """Of the plan; whole numbers are read as int64."""
+    vocabulary: int | None
+    """Whole numbers from 0 to below this are allowed; None where the input are numbers of the plan's dtype."""
+
+    def read(self, inputs: NDArray[Any], samples: slice) -> torch.Tensor:
+        """(places held, samples, *positions), or (samples, …) where every worker has the whole input."""
+        batch = inputs[samples]
+        if self.split.layout is None:
+            return torch.from_numpy(batch.astype(self.dtype if self.vocabulary is None else np.int64))
+        part = np.moveaxis(batch.take(self.split.held(self.worker), axis=self.split.axis), self.split.axis, 0)
+        # A number too large for the dtype becomes infinite, which `check` reports; NumPy need not warn as well.
+        with np.errstate(over="ignore"):
+            return torch.from_numpy(np.ascontiguousarray(part, dtype=self.dtype))
+
+    def check(self, name: object, inputs: NDArray[Any]) -> None:
+        """Raises RepurposeError where a number that the worker reads is none that the plan can take."""
+        step = max(1, NUMBERS_AT_ONCE // max(1, math.prod(inputs.shape[1:])))
+        for start in range(0, len(inputs), step):
+            part = self.read(inputs, slice(start, start + step))
+            if self.vocabulary is None:
+                bad, got, allowed = ~torch.isfinite(part), "NaN or infinite", f"numbers that are finite in {self.dtype}"
+            else:
+                bad, got, allowed = (part < 0) | (part >= self.vocabulary), "no token", f"0 … {self.vocabulary - 1}"
+            if bad.any():
+                raise RepurposeError(
+                    f"{name}: {got} at {self._place(bad.nonzero()[0].tolist(), start)}; allowed: {allowed}"
+                )
+
+    def _place(self, index: list[int], start: int) -> str:
+        if self.split.layout is None:
+            return f"sample {start + index[0]}, place {tuple(index[1:])}"
+        position = f", position {tuple(index[2:])}" if index[2:] else ""
+        return f"sample {start + index[1]}, column {self.split.held(self.worker)[index[0]]}{position}"
+
+
+def reader_of(graph: Graph, split: Split, worker: int, dtype: str) -> Reader:
+    """For the input of a graph, which is split like this."""
+    modules = [graph.module(step.name) for step in graph.readers(INPUT)]
+    sizes = [module.num_embeddings for module in modules if isinstance(module, nn.Embedding)]
+    return Reader(split, worker, dtype, min(sizes) if sizes else None)
+
+
+def open_inputs(path: Path, graph: Graph, input_shape: tuple[int, ...]) -> NDArray[Any]:
+    """(samples, …) view of a .npy file, which `checked_inputs` takes.
+
+    Raises RepurposeError, naming the file, where it is missing or no such array.
     """
-    n = len(manifest.layers[0].input_owner)
     try:
         inputs = np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:
-        raise RepurposeError(f"{path}: missing; --input is a .npy file of shape (samples, {n})") from None
+        raise RepurposeError(f"{path}: missing; --input is a .npy file of shape {_shape(input_shape)}") from None
     except (OSError, ValueError) as error:
         raise RepurposeError(f"{path}: cannot be read as a .npy array ({error})") from None
-    if inputs.dtype.kind not in "fiub":
-        raise RepurposeError(f"{path}: dtype {inputs.dtype}; allowed: real numbers")
-    begins_with_flatten = manifest.modules[0][1]["kind"] == "Flatten"
-    fits = inputs.ndim >= 2 if begins_with_flatten else inputs.ndim == 2
-    if not fits or np.prod(inputs.shape[1:]) != n:
-        raise RepurposeError(f"{path}: shape {inputs.shape}; the plan reads {n} columns: (samples, {n})")
-    return inputs.reshape(len(inputs), n)
+    return checked_inputs(path, inputs, graph, input_shape)
 
 
-def check_finite(path: Path, inputs: NDArray[Any], columns: Indices, dtype: str) -> None:
-    """Raises RepurposeError where one of these columns holds NaN, or is infinite in the dtype of the plan."""
-    for start in range(0, len(inputs), ROWS_AT_ONCE):
-        finite = np.isfinite(read_columns(inputs, slice(start, start + ROWS_AT_ONCE), columns, dtype))
-        if not finite.all():
-            row, column = np.argwhere(~finite)[0]
-            place = f"sample {start + row}, column {columns[column]}"
-            raise RepurposeError(f"{path}: NaN or infinite at {place}; allowed: numbers that are finite in {dtype}")
+def checked_inputs(name: object, inputs: NDArray[Any], graph: Graph, input_shape: tuple[int, ...]) -> NDArray[Any]:
+    """(samples, *input_shape), or (samples, columns) where a graph only flattens its input: then any axes will do.
+
+    Raises RepurposeError, naming the input, where it has another shape or kind of numbers.
+    """
+    kinds, allowed = ("iu", "whole numbers") if reads_ids(graph) else ("fiub", "real numbers")
+    if inputs.dtype.kind not in kinds:
+        raise RepurposeError(f"{name}: dtype {inputs.dtype}; allowed: {allowed}")
+    columns = math.prod(input_shape)
+    if is_flattened(graph) and inputs.ndim >= 2 and math.prod(inputs.shape[1:]) == columns:
+        return inputs.reshape(len(inputs), columns)
+    if inputs.ndim == 0 or inputs.shape[1:] != input_shape:
+        count = f"{columns} columns: " if len(input_shape) == 1 else ""
+        raise RepurposeError(f"{name}: shape {inputs.shape}; the plan reads {count}{_shape(input_shape)}")
+    return inputs
 
 
-def read_columns(inputs: NDArray[Any], samples: slice, columns: Indices, dtype: str) -> NDArray[Any]:
-    """(samples, columns) as numbers of the plan's dtype."""
-    # A number too large for the dtype becomes infinite, which check_finite reports; NumPy need not warn as well.
-    with np.errstate(over="ignore"):
-        return inputs[samples][:, columns].astype(dtype)
+def _shape(input_shape: tuple[int, ...]) -> str:
+    return f"(samples, {', '.join(map(str, input_shape))})"

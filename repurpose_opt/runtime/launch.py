@@ -31,7 +31,7 @@ class RunResult:
     """What P processes answered and what they sent."""
 
     outputs: NDArray[Any]
-    """(samples, m)"""
+    """(samples, …)"""
     bytes_sent: Indices
     """(P, P) counted from the tensors that worker p (row) handed over for worker k (column)."""
     bytes_predicted: Indices
@@ -47,8 +47,8 @@ def run_plan(
 ) -> RunResult:
     """Start torchrun on the loopback interface with one process for each worker of the plan, and wait for the answer.
 
-    `inputs` is (samples, n). Raises PlanError for a damaged plan, RepurposeError with the worker's own line where a
-    worker fails or the whole run takes longer than `timeout` seconds. The processes end before the call does.
+    `inputs` is (samples, *input_shape). Raises PlanError for a damaged plan, RepurposeError with the worker's own line
+    where a worker fails or the whole run takes longer than `timeout` seconds. The processes end before the call does.
     """
     if batch_size < 1:
         raise InvalidArgument("batch_size", batch_size, "a whole number ≥ 1")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import permutations
 from typing import TypeAlias
 
 import numpy as np
@@ -24,19 +24,27 @@ class PlannedCode:
     size: int
 
 
-PlannedMessage: TypeAlias = Values | PlannedCode
+@dataclass(frozen=True)
+class PlannedStatistics:
+    """What a normalisation needs of one worker's values: their mean and the sum of squares around it."""
+
+    size: int = 2
+
+
+PlannedMessage: TypeAlias = Values | PlannedCode | PlannedStatistics
 
 
 @dataclass(frozen=True, eq=False)
 class PlannedLayer:
-    """A linear layer of n inputs and m neurons, split over workers.
+    """A step before which workers exchange what they hold: a product of n inputs and m neurons, a norm, a gathering.
 
     The numbers of its codes are counted by source worker, then by target worker, then by row of the encoder. What a
-    worker may have are the n input values and behind them these numbers: number i is column n + i.
+    worker may have are the n input values and behind them these numbers: number i is column n + i. A norm has two
+    columns for each worker instead, its statistics.
     """
 
     name: str
-    """Path of the nn.Linear or CodedLinear in the model."""
+    """Of the step in the model."""
     input_owner: Indices
     """(n,) worker that holds each input value."""
     owner: Indices
@@ -45,18 +53,62 @@ class PlannedLayer:
     """By (source worker, target worker); pairs that send nothing are absent."""
     n_workers: int
     value_bytes: int
-    """Bytes of one value, or one number of a code, of one sample on the wire."""
+    """Bytes of one value, or one number of a code, of one sample on the wire, over all its positions."""
+    positions: int = 1
+    """Of the inputs: pixels of a channel, tokens of a feature."""
+    weight_macs: int = 1
+    """Multiply-accumulates a sample for one row and column: taps of the kernel times positions of the outputs; 0 for
+    what is no product."""
 
     @staticmethod
     def of_exchange(
-        name: str, input_owner: Indices, owner: Indices, exchange: Exchange, value_bytes: int
+        name: str,
+        input_owner: Indices,
+        owner: Indices,
+        exchange: Exchange,
+        value_bytes: int,
+        positions: int = 1,
+        weight_macs: int = 1,
     ) -> PlannedLayer:
-        """The layer that sends what an exchange sends."""
+        """A product that sends what an exchange sends. `value_bytes` covers all positions."""
         messages: dict[tuple[int, int], PlannedMessage] = {
             pair: PlannedCode(message.size) if isinstance(message, Code) else message
             for pair, message in exchange.messages.items()
         }
-        return PlannedLayer(name, input_owner, owner, messages, exchange.P, value_bytes)
+        return PlannedLayer(name, input_owner, owner, messages, exchange.P, value_bytes, positions, weight_macs)
+
+    @staticmethod
+    def source(name: str, owner: Indices, n_workers: int, value_bytes: int) -> PlannedLayer:
+        """A step that reads what every worker has, and sends nothing."""
+        return PlannedLayer(name, np.zeros(0, dtype=np.int64), owner, {}, n_workers, value_bytes, 1, 0)
+
+    @staticmethod
+    def norm(name: str, owner: Indices, n_workers: int, value_bytes: int, positions: int) -> PlannedLayer:
+        """A normalisation: every worker that holds something sends its statistics to every other one."""
+        holders = np.unique(owner).tolist()
+        messages: dict[tuple[int, int], PlannedMessage] = {
+            pair: PlannedStatistics() for pair in permutations(holders, 2)
+        }
+        return PlannedLayer(name, owner, owner, messages, n_workers, value_bytes, positions, 0)
+
+    @staticmethod
+    def gather(
+        name: str, input_owner: Indices, worker: int, n_workers: int, value_bytes: int, positions: int
+    ) -> PlannedLayer:
+        """All values to one worker."""
+        messages: dict[tuple[int, int], PlannedMessage] = {
+            (source, worker): Values(np.flatnonzero(input_owner == source))
+            for source in np.unique(input_owner).tolist()
+            if source != worker
+        }
+        owner = np.full(len(input_owner), worker)
+        return PlannedLayer(name, input_owner, owner, messages, n_workers, value_bytes, positions, 0)
+
+    @staticmethod
+    def central(name: str, inputs: int, outputs: int, worker: int, n_workers: int, value_bytes: int) -> PlannedLayer:
+        """A step of one worker, which has all inputs; nothing is sent."""
+        owners = (np.full(inputs, worker), np.full(outputs, worker))
+        return PlannedLayer(name, *owners, {}, n_workers, value_bytes, 1, 0)
 
     @cached_property
     def numbers(self) -> int:
@@ -93,13 +145,19 @@ class PlannedLayer:
         """Columns that a worker has: the values that it holds, then what it receives."""
         return np.concatenate([self.held(worker), self.received(worker)])
 
+    def sendable(self, worker: int) -> Indices:
+        """Columns out of which a worker's messages are made: the values that it holds, or their statistics."""
+        return self.held(worker) if self._statistics == 0 else self._statistics * worker + np.arange(self._statistics)
+
     def message(self, source: int, target: int) -> Indices:
-        """Columns that one worker sends to another, values or numbers of a code; empty where it sends nothing."""
+        """Columns that one worker sends to another: values, statistics, numbers of a code; empty where nothing is."""
         message = self.messages.get((source, target))
         if message is None:
             return np.zeros(0, dtype=np.int64)
         if isinstance(message, Values):
             return message.values
+        if isinstance(message, PlannedStatistics):
+            return self.sendable(source)
         return len(self.input_owner) + self.code_numbers(source, target)
 
     def code_numbers(self, source: int, target: int) -> Indices:
@@ -115,12 +173,19 @@ class PlannedLayer:
         return sent
 
     def worker_macs(self) -> Indices:
-        """(P,) multiply-accumulates a sample: rows held times columns had, and numbers encoded times values held."""
+        """(P,) multiply-accumulates a sample of a product: rows by columns, and numbers encoded by values held."""
         macs = [
-            len(self.rows(k)) * len(self.columns(k)) + len(self.encoded(k)) * len(self.held(k))
+            len(self.rows(k)) * len(self.columns(k)) * self.weight_macs
+            + len(self.encoded(k)) * len(self.held(k)) * self.positions
             for k in range(self.n_workers)
         ]
         return np.array(macs, dtype=np.int64)
+
+    @cached_property
+    def _statistics(self) -> int:
+        """Statistics that a worker has to send; 0 where messages are of something else."""
+        sizes = (message.size for message in self.messages.values() if isinstance(message, PlannedStatistics))
+        return next(sizes, 0)
 
     @cached_property
     def _first_number(self) -> Mapping[tuple[int, int], int]:
@@ -133,18 +198,11 @@ class PlannedLayer:
         return first
 
 
-def check_layers(layers: Sequence[PlannedLayer], n_workers: int) -> None:
-    """Raises InvalidArgument where the layers of a plan do not fit each other or n_workers."""
-    if not layers:
-        raise InvalidArgument("layers", "none", "one for each Linear of the model")
-    for layer in layers:
-        _check_owner(f"layer {layer.name!r}: input_owner", layer.input_owner, n_workers)
-        _check_owner(f"layer {layer.name!r}: owner", layer.owner, n_workers)
-        _check_messages(layer, n_workers)
-    for before, after in pairwise(layers):
-        if not np.array_equal(before.owner, after.input_owner):
-            allowed = f"the owner of layer {before.name!r}"
-            raise InvalidArgument(f"layer {after.name!r}: input_owner", "other workers", allowed)
+def check_layer(layer: PlannedLayer, n_workers: int) -> None:
+    """Raises InvalidArgument where a layer contradicts itself or n_workers."""
+    _check_owner(f"layer {layer.name!r}: input_owner", layer.input_owner, n_workers)
+    _check_owner(f"layer {layer.name!r}: owner", layer.owner, n_workers)
+    _check_messages(layer, n_workers)
 
 
 def _check_owner(name: str, owner: Indices, n_workers: int) -> None:
@@ -169,7 +227,7 @@ def _check_messages(layer: PlannedLayer, n_workers: int) -> None:
             if type(message.size) is not int or not 1 <= message.size <= held:
                 allowed = f"a whole number in 1 … {held}, the values of worker {source}"
                 raise InvalidArgument(name, f"a code of {message.size} numbers", allowed)
-        else:
+        elif not isinstance(message, PlannedStatistics):
             raise InvalidArgument(name, type(message).__name__, "Values or PlannedCode")
 
 

@@ -6,22 +6,25 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
-from repurpose_opt.errors import InvalidArgument, PlanError
+from repurpose_opt.errors import InvalidArgument, PlanError, UnsupportedModule
 from repurpose_opt.exchange import Values
-from repurpose_opt.runtime.layer import Indices, PlannedCode, PlannedLayer, PlannedMessage, check_layers
-from repurpose_opt.runtime.modules import LINEAR, check_spec
+from repurpose_opt.runtime.graph import INPUT, Graph
+from repurpose_opt.runtime.layer import Indices, PlannedCode, PlannedLayer, PlannedMessage, PlannedStatistics
+from repurpose_opt.runtime.modules import from_spec
+from repurpose_opt.runtime.splits import Split, splits_of
 
 FORMAT = "repurpose-opt plan"
-VERSION = 2
-READABLE = (1, 2)
-"""Version 1 had no codes; otherwise it was the same."""
+VERSION = 3
+READABLE = (1, 2, 3)
+"""Version 2 had a chain of modules in place of steps, version 1 besides that no codes."""
 DTYPES = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
-WHOLE_SAMPLE = {"start_dim": 1, "end_dim": -1}
 
 
 @dataclass(frozen=True)
@@ -33,15 +36,31 @@ class WorkerFile:
 
 
 @dataclass(frozen=True, eq=False)
+class StepSpec:
+    """One step of the model."""
+
+    name: str
+    spec: Mapping[str, Any]
+    """See modules.py."""
+    inputs: tuple[str, ...]
+    """Names of the steps that it reads, or INPUT."""
+
+
+@dataclass(frozen=True, eq=False)
 class Manifest:
     """A plan without its weights."""
 
     n_workers: int
     dtype: str
     """Key of DTYPES: the model's weights, the values on the wire and the answers."""
-    modules: tuple[tuple[str, Mapping[str, Any]], ...]
-    """(name, spec) of every module in order; see modules.py."""
+    steps: tuple[StepSpec, ...]
+    """In the order in which they run."""
+    input_owner: Indices | None
+    """The worker of each place of the input; None where every worker has all of it."""
+    input_shape: tuple[int, ...]
+    """Of one sample."""
     layers: tuple[PlannedLayer, ...]
+    """One for each step that has one, in order."""
     direct_volume: int
     """Bytes a sample of the dense model split as it stands."""
     stats: Mapping[str, Any]
@@ -50,6 +69,17 @@ class Manifest:
 
     def with_files(self, files: tuple[WorkerFile, ...]) -> Manifest:
         return replace(self, files=files)
+
+    @cached_property
+    def graph(self) -> Graph:
+        """The model with zeros for weights, which take no memory. Raises InvalidArgument or UnsupportedModule."""
+        return Graph((step.name, _module(step, DTYPES[self.dtype]), step.inputs) for step in self.steps).eval()
+
+    @cached_property
+    def splits(self) -> dict[str, Split]:
+        """How every tensor is split. Raises InvalidArgument or UnsupportedModule where parts do not fit each other."""
+        dtype = DTYPES[self.dtype]
+        return splits_of(self.graph, self.layers, self.n_workers, dtype, self.input_owner, self.input_shape)
 
     def digest(self) -> str:
         """SHA-256 of everything in the manifest, and through `files` of all weights.
@@ -74,46 +104,25 @@ def parse_manifest(text: bytes) -> Manifest:
         raise PlanError(f"not the manifest of a plan, which has the format {FORMAT!r}")
     version = document.get("version")
     if version not in READABLE:
-        known = " and ".join(map(str, READABLE))
+        known = ", ".join(map(str, READABLE))
         raise PlanError(f"format version {version}; this version of repurpose-opt reads versions {known}")
     content = document.get("plan")
     try:
         if not isinstance(content, dict) or _digest(content) != document.get("sha256"):
             raise PlanError("altered: its content does not have the SHA-256 that it names; copy or save the plan again")
-        return _manifest(content)
+        return _manifest(content if version == VERSION else _of_chain(content))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise PlanError(f"not a manifest of version {version} ({type(error).__name__}: {error})") from None
 
 
-def check_manifest(manifest: Manifest) -> None:
-    """Raises InvalidArgument or UnsupportedModule where modules, layers and dtype contradict each other."""
-    check_layers(manifest.layers, manifest.n_workers)
-    if manifest.dtype not in DTYPES:
-        raise InvalidArgument("dtype of the model", manifest.dtype, ", ".join(DTYPES))
-    linears = {}
-    for place, (name, spec) in enumerate(manifest.modules):
-        check_spec(spec)
-        if spec["kind"] in LINEAR:
-            linears[name] = spec["arguments"]
-        if spec["kind"] == "Flatten" and (place > 0 or spec["arguments"] != WHOLE_SAMPLE):
-            raise InvalidArgument(f"module {name!r}", "Flatten", f"only as the first module, with {WHOLE_SAMPLE}")
-    if list(linears) != [layer.name for layer in manifest.layers]:
-        names = [layer.name for layer in manifest.layers]
-        raise InvalidArgument("layers", names, f"one for each linear module, in order: {list(linears)}")
-    for layer in manifest.layers:
-        linear = linears[layer.name]
-        shape, planned = (
-            (linear["out_features"], linear["in_features"]),
-            (len(layer.owner), len(layer.input_owner)),
-        )
-        if shape != planned:
-            raise InvalidArgument(f"layer {layer.name!r}: (m, n)", planned, f"the module's {shape}")
-        if layer.numbers != linear.get("numbers", 0):
-            allowed = f"the module's {linear.get('numbers', 0)}"
-            raise InvalidArgument(f"layer {layer.name!r}: numbers of all codes", layer.numbers, allowed)
-        if layer.value_bytes != DTYPES[manifest.dtype].itemsize:
-            allowed = f"{DTYPES[manifest.dtype].itemsize}, the size of a {manifest.dtype}"
-            raise InvalidArgument(f"layer {layer.name!r}: value_bytes", layer.value_bytes, allowed)
+def _module(step: StepSpec, dtype: torch.dtype) -> nn.Module:
+    try:
+        return from_spec(step.spec, dtype)
+    except (TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, UnsupportedModule):
+            raise
+        reason = str(error).split("\n")[0]
+        raise InvalidArgument(f"step {step.name!r}: arguments", reason, f"those of a {step.spec['kind']}") from None
 
 
 def _digest(content: Mapping[str, Any]) -> str:
@@ -134,7 +143,9 @@ def _content(manifest: Manifest) -> dict[str, Any]:
     return {
         "n_workers": int(manifest.n_workers),
         "dtype": manifest.dtype,
-        "modules": [{"name": name, **spec} for name, spec in manifest.modules],
+        "steps": [{"name": step.name, **step.spec, "inputs": list(step.inputs)} for step in manifest.steps],
+        "input_owner": None if manifest.input_owner is None else manifest.input_owner.tolist(),
+        "input_shape": list(manifest.input_shape),
         "layers": [_layer_content(layer) for layer in manifest.layers],
         "direct_volume": int(manifest.direct_volume),
         "stats": _json_values(manifest.stats),
@@ -146,6 +157,8 @@ def _layer_content(layer: PlannedLayer) -> dict[str, Any]:
     return {
         "name": layer.name,
         "value_bytes": int(layer.value_bytes),
+        "positions": int(layer.positions),
+        "weight_macs": int(layer.weight_macs),
         "input_owner": layer.input_owner.tolist(),
         "owner": layer.owner.tolist(),
         "messages": [
@@ -156,7 +169,19 @@ def _layer_content(layer: PlannedLayer) -> dict[str, Any]:
 
 
 def _message_content(message: PlannedMessage) -> dict[str, Any]:
-    return {"values": message.values.tolist()} if isinstance(message, Values) else {"numbers": message.size}
+    if isinstance(message, Values):
+        return {"values": message.values.tolist()}
+    return {"numbers" if isinstance(message, PlannedCode) else "statistics": message.size}
+
+
+def _of_chain(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of version 1 or 2 as one of this version."""
+    names = [module["name"] for module in content["modules"]]
+    steps = [module | {"inputs": [before]} for module, before in zip(content["modules"], [INPUT, *names], strict=False)]
+    layers = [layer | {"positions": 1, "weight_macs": 1} for layer in content["layers"]]
+    owner = layers[0]["input_owner"]
+    rest = {"steps": steps, "layers": layers, "input_owner": owner, "input_shape": [len(owner)]}
+    return {**content, **rest}
 
 
 def _manifest(content: Mapping[str, Any]) -> Manifest:
@@ -168,15 +193,21 @@ def _manifest(content: Mapping[str, Any]) -> Manifest:
     return Manifest(
         n_workers=n_workers,
         dtype=content["dtype"],
-        modules=tuple(
-            (module["name"], {"kind": module["kind"], "arguments": dict(module["arguments"])})
-            for module in content["modules"]
-        ),
+        steps=tuple(_step(step) for step in content["steps"]),
+        input_owner=None if content["input_owner"] is None else _indices(content["input_owner"]),
+        input_shape=tuple(_whole(size) for size in content["input_shape"]),
         layers=tuple(_layer(layer, n_workers) for layer in content["layers"]),
         direct_volume=_whole(content["direct_volume"]),
         stats=dict(content["stats"]),
         files=tuple(WorkerFile(int(file["size"]), str(file["sha256"])) for file in content["files"]),
     )
+
+
+def _step(content: Mapping[str, Any]) -> StepSpec:
+    spec = {"kind": content["kind"], "arguments": dict(content["arguments"])}
+    if not all(isinstance(name, str) for name in [content["name"], content["kind"], *content["inputs"]]):
+        raise ValueError("a name that is no text")
+    return StepSpec(content["name"], spec, tuple(content["inputs"]))
 
 
 def _layer(content: Mapping[str, Any], n_workers: int) -> PlannedLayer:
@@ -190,13 +221,18 @@ def _layer(content: Mapping[str, Any], n_workers: int) -> PlannedLayer:
         messages=messages,
         n_workers=n_workers,
         value_bytes=_whole(content["value_bytes"]),
+        positions=_whole(content["positions"]),
+        weight_macs=_whole(content["weight_macs"]),
     )
 
 
 def _message(entry: Mapping[str, Any]) -> PlannedMessage:
-    if ("values" in entry) == ("numbers" in entry):
+    kinds = [kind for kind in ("values", "numbers", "statistics") if kind in entry]
+    if len(kinds) != 1:
         raise ValueError("a message without values or numbers, or with both")
-    return Values(_indices(entry["values"])) if "values" in entry else PlannedCode(entry["numbers"])
+    if kinds == ["values"]:
+        return Values(_indices(entry["values"]))
+    return PlannedCode(entry["numbers"]) if kinds == ["numbers"] else PlannedStatistics(entry["statistics"])
 
 
 def _whole(value: object) -> int:

@@ -15,8 +15,8 @@ from safetensors.torch import load as tensors_of
 from safetensors.torch import save as bytes_of
 
 from repurpose_opt.errors import InvalidArgument, PlanError, UnsupportedModule
-from repurpose_opt.runtime.layer import PlannedLayer
-from repurpose_opt.runtime.manifest import DTYPES, Manifest, WorkerFile, check_manifest, parse_manifest
+from repurpose_opt.runtime.manifest import DTYPES, Manifest, WorkerFile, parse_manifest
+from repurpose_opt.runtime.parts import cut
 
 MANIFEST = "manifest.json"
 Tensors = dict[str, torch.Tensor]
@@ -26,19 +26,14 @@ def worker_path(directory: Path, worker: int) -> Path:
     return directory / f"worker-{worker}.safetensors"
 
 
-def weight_key(layer: PlannedLayer) -> str:
-    """Name of a layer's (rows, columns) block in the file of a worker."""
-    return f"{layer.name}.weight"
+def tensor_key(step: str, parameter: str) -> str:
+    """Name of a part of a step in the file of a worker; see `parts.SubStep`."""
+    return f"{step}.{parameter}"
 
 
-def bias_key(layer: PlannedLayer) -> str:
-    """Name of a layer's (rows,) biases in the file of a worker; absent where the layer has none."""
-    return f"{layer.name}.bias"
-
-
-def encoder_key(layer: PlannedLayer) -> str:
-    """Name of a layer's (numbers, held values) encoders in the file of a worker; absent where it encodes none."""
-    return f"{layer.name}.encoder"
+def of_step(tensors: Mapping[str, torch.Tensor], step: str) -> Tensors:
+    """The tensors of one step, by the names of its parameters."""
+    return {key.removeprefix(f"{step}."): tensor for key, tensor in tensors.items() if key.startswith(f"{step}.")}
 
 
 def write_folder(directory: Path, manifest: Manifest, tensors: Sequence[Mapping[str, torch.Tensor]]) -> None:
@@ -74,14 +69,14 @@ def read_manifest(directory: Path) -> Manifest:
     data = _read(path, "a plan folder has one")
     try:
         manifest = parse_manifest(data)
-        check_manifest(manifest)
+        manifest.splits  # noqa: B018  computed here, where what does not fit is the manifest's fault
     except (PlanError, InvalidArgument, UnsupportedModule) as error:
         raise PlanError(f"{path}: {error}") from None
     return manifest
 
 
 def read_worker(directory: Path, manifest: Manifest, worker: int) -> Tensors:
-    """The tensors of one worker, by `weight_key`, `bias_key` and `encoder_key`.
+    """The tensors of one worker, by `tensor_key`.
 
     Raises PlanError, naming the file, where it is missing, truncated, altered or does not fit the manifest.
     """
@@ -111,16 +106,12 @@ def _read(path: Path, why: str) -> bytes:
 
 
 def _check_tensors(path: Path, manifest: Manifest, worker: int, tensors: Tensors) -> None:
-    specs = dict(manifest.modules)
+    layers = {layer.name: layer for layer in manifest.layers}
     shapes: dict[str, tuple[int, ...]] = {}
-    for layer in manifest.layers:
-        rows = len(layer.rows(worker))
-        shapes[weight_key(layer)] = (rows, len(layer.columns(worker)))
-        if specs[layer.name]["arguments"].get("bias", True):
-            shapes[bias_key(layer)] = (rows,)
-        encoded = len(layer.encoded(worker))
-        if encoded:
-            shapes[encoder_key(layer)] = (encoded, len(layer.held(worker)))
+    for step in manifest.steps:
+        name, module = step.name, manifest.graph.module(step.name)
+        part = cut(name, module, layers.get(name), manifest.splits[name], worker)
+        shapes.update({tensor_key(name, key): tuple(tensor.shape) for key, tensor in part.tensors.items()})
     if tensors.keys() != shapes.keys():
         raise PlanError(f"{path}: tensors {sorted(tensors)}; the manifest says {sorted(shapes)}")
     for name, tensor in tensors.items():

@@ -21,36 +21,19 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from repurpose_opt.errors import PlanError, RepurposeError
 from repurpose_opt.runtime import group
 from repurpose_opt.runtime.agreement import Readiness, byte_mismatch, disagreement, predicted_bytes
-from repurpose_opt.runtime.exchange import ExchangeStep
-from repurpose_opt.runtime.inputs import check_finite, open_inputs, read_columns
-from repurpose_opt.runtime.layer import Indices
+from repurpose_opt.runtime.graph import INPUT
+from repurpose_opt.runtime.inputs import Reader, open_inputs, reader_of
+from repurpose_opt.runtime.layer import Indices, PlannedLayer
+from repurpose_opt.runtime.local import Part, part_of
 from repurpose_opt.runtime.manifest import DTYPES, Manifest
-from repurpose_opt.runtime.modules import LINEAR, from_spec
-from repurpose_opt.runtime.storage import Tensors, bias_key, encoder_key, read_manifest, read_worker, weight_key
+from repurpose_opt.runtime.splits import Split
+from repurpose_opt.runtime.storage import Tensors, read_manifest, read_worker
 
 ERROR_PREFIX = "repurpose-opt worker: error: "
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """One layer on one worker: exchange, multiply, activate."""
-
-    exchange: ExchangeStep
-    weight: torch.Tensor
-    """(rows, columns), decoders of received numbers included."""
-    bias: torch.Tensor
-    """(rows, 1)"""
-    activation: nn.Sequential
-
-    def run(self, values: torch.Tensor) -> torch.Tensor:
-        """(held, samples) → (rows, samples)"""
-        inputs = self.exchange.run(values, group.all_to_all)
-        return self.activation(torch.addmm(self.bias, self.weight, inputs))
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,14 +43,23 @@ class Job:
     rank: int
     manifest: Manifest
     inputs: NDArray[Any]
-    """(samples, n), memory-mapped"""
-    before: nn.Sequential
-    """What the model does to its inputs before the first layer."""
-    steps: tuple[Step, ...]
+    """(samples, …), memory-mapped"""
+    reader: Reader
+    part: Part
     batch_size: int
 
+    @property
+    def output(self) -> Split:
+        return self.manifest.splits[self.manifest.steps[-1].name]
+
+    @property
+    def layers(self) -> tuple[PlannedLayer, ...]:
+        """Those with an exchange, in order."""
+        names = {exchange.name for exchange in self.part.exchanges}
+        return tuple(layer for layer in self.manifest.layers if layer.name in names)
+
     def readiness(self) -> Readiness:
-        exchanges = [step.exchange for step in self.steps]
+        exchanges = self.part.exchanges
         return Readiness(
             digest=self.manifest.digest(),
             inputs=self.inputs.shape,
@@ -134,59 +126,45 @@ def prepare(arguments: argparse.Namespace, rank: int, size: int) -> Job:
             f"{arguments.plan} is a plan for {manifest.n_workers} workers, started with {size} processes: use {option}"
         )
     tensors = read_worker(arguments.plan, manifest, rank)
-    inputs = open_inputs(arguments.input, manifest)
-    check_finite(arguments.input, inputs, manifest.layers[0].held(rank), manifest.dtype)
+    inputs = open_inputs(arguments.input, manifest.graph, manifest.input_shape)
+    reader = reader_of(manifest.graph, manifest.splits[INPUT], rank, manifest.dtype)
+    reader.check(arguments.input, inputs)
     for path in (arguments.output, arguments.report):
         if path is not None and not path.absolute().parent.is_dir():
             raise RepurposeError(f"{path}: cannot be written; its folder does not exist")
     batch_size = max(1, min(arguments.batch_size, len(inputs)))
-    before, steps = build_steps(manifest, rank, tensors, batch_size)
-    return Job(rank, manifest, inputs, before, steps, batch_size)
+    return Job(rank, manifest, inputs, reader, build_part(manifest, rank, tensors, batch_size), batch_size)
 
 
-def build_steps(
-    manifest: Manifest, rank: int, tensors: Tensors, batch_size: int
-) -> tuple[nn.Sequential, tuple[Step, ...]]:
-    """What comes before the first layer, and a step for each layer."""
+def build_part(manifest: Manifest, rank: int, tensors: Tensors, batch_size: int) -> Part:
+    """The steps of this worker."""
     dtype = DTYPES[manifest.dtype]
-    activations = [nn.Sequential()]
-    for _, spec in manifest.modules:
-        if spec["kind"] in LINEAR:
-            activations.append(nn.Sequential())
-        elif spec["kind"] != "Flatten":  # open_inputs has flattened the samples
-            activations[-1].append(from_spec(spec))
-    steps = []
-    for layer, activation in zip(manifest.layers, activations[1:], strict=True):
-        weight = tensors[weight_key(layer)]
-        bias = tensors.get(bias_key(layer), torch.zeros(len(weight), dtype=dtype))
-        exchange = ExchangeStep(layer, rank, batch_size, dtype, tensors.get(encoder_key(layer)))
-        steps.append(Step(exchange, weight, bias[:, None], activation.eval()))
-    return activations[0].eval(), tuple(steps)
+    return part_of(manifest.graph, manifest.layers, manifest.splits, rank, tensors, batch_size, dtype)
 
 
 @torch.inference_mode()
 def compute(job: Job) -> tuple[NDArray[Any], float]:
-    """The outputs that this worker computes, (rows, samples), and the seconds it took."""
-    held = job.manifest.layers[0].held(job.rank)
+    """The outputs that this worker computes, (places held, samples, *positions), and the seconds it took."""
     samples = len(job.inputs)
-    outputs = np.empty((len(job.steps[-1].weight), samples), dtype=job.manifest.dtype)
+    outputs = np.empty(_shape(job, job.rank), dtype=job.manifest.dtype)
     group.barrier()
     started = time.perf_counter()
     for start in range(0, samples, job.batch_size):
-        batch = slice(start, start + job.batch_size)
-        columns = read_columns(job.inputs, batch, held, job.manifest.dtype)
-        values = job.before(torch.from_numpy(np.ascontiguousarray(columns.T)))
-        for step in job.steps:
-            values = step.run(values)
-        outputs[:, batch] = values.numpy()
+        batch = slice(start, min(start + job.batch_size, samples))
+        values = job.reader.read(job.inputs, batch)
+        outputs[:, batch] = job.part.run(values, batch.stop - batch.start, group.all_to_all).numpy()
     group.barrier()
     return outputs, time.perf_counter() - started
 
 
+def _shape(job: Job, worker: int) -> tuple[int, ...]:
+    """Of the outputs that a worker computes."""
+    return (len(job.output.held(worker)), len(job.inputs), *job.output.positions)
+
+
 def _report(job: Job, seconds: float) -> tuple[dict[str, Any], str | None]:
     """The report, and the pair whose counted bytes are not the predicted ones."""
-    layers, samples = job.manifest.layers, len(job.inputs)
-    exchanges = [step.exchange for step in job.steps]
+    layers, samples, exchanges = job.layers, len(job.inputs), job.part.exchanges
     sent = np.array([exchange.bytes_sent for exchange in exchanges])
     counts = group.gather((sent, sum(exchange.messages_sent for exchange in exchanges)))
     counted: Indices = np.stack([bytes_sent for bytes_sent, _ in counts], axis=1)
@@ -203,7 +181,7 @@ def _report(job: Job, seconds: float) -> tuple[dict[str, Any], str | None]:
             {"name": layer.name, "bytes_sent": ours.tolist(), "bytes_predicted": plans.tolist()}
             for layer, ours, plans in zip(layers, counted, predicted, strict=True)
         ],
-        "outputs_gathered_on_worker_0": len(np.unique(layers[-1].owner)) > 1,
+        "outputs_gathered_on_worker_0": len(np.unique(job.output.places)) > 1,
         "note": "bytes_sent is counted from the tensors handed to torch.distributed, row: source, column: target; "
         "gathering outputs that several workers own is not part of it",
     }
@@ -211,23 +189,23 @@ def _report(job: Job, seconds: float) -> tuple[dict[str, Any], str | None]:
 
 
 def _assemble(job: Job, outputs: NDArray[Any]) -> NDArray[Any] | None:
-    """All outputs, (samples, m), on their only owner, or on worker 0 if they have several; None elsewhere."""
-    last = job.manifest.layers[-1]
-    owners = np.unique(last.owner).tolist()
+    """All outputs, (samples, …), on their only owner, or on worker 0 if they have several; None elsewhere."""
+    owners = np.unique(job.output.places).tolist()
     writer = owners[0] if len(owners) == 1 else 0
     if job.rank != writer:
         if job.rank in owners and outputs.size:
             group.send(torch.from_numpy(outputs), writer)
         return None
-    assembled = np.empty((len(job.inputs), len(last.owner)), dtype=job.manifest.dtype)
+    shape = (len(job.output.places), *outputs.shape[1:])
+    assembled = np.empty(shape, dtype=job.manifest.dtype)
     for owner in owners:
         part = outputs
         if owner != job.rank:
-            part = np.empty((len(last.rows(owner)), len(job.inputs)), dtype=job.manifest.dtype)
+            part = np.empty(_shape(job, owner), dtype=job.manifest.dtype)
             if part.size:
                 group.receive(torch.from_numpy(part), owner)
-        assembled[:, last.rows(owner)] = part.T
-    return assembled
+        assembled[job.output.held(owner)] = part
+    return np.ascontiguousarray(np.moveaxis(assembled, 0, job.output.axis))
 
 
 def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -253,8 +231,8 @@ def _parser() -> argparse.ArgumentParser:
         description="One worker of a plan. torchrun starts one for each of the plan's P workers.",
     )
     parser.add_argument("plan", type=Path, metavar="PLAN", help="folder of the plan")
-    parser.add_argument("--input", type=Path, required=True, metavar="FILE", help=".npy, (samples, columns)")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help=".npy to write, (samples, outputs)")
+    parser.add_argument("--input", type=Path, required=True, metavar="FILE", help=".npy, (samples, …)")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help=".npy to write, (samples, …)")
     parser.add_argument(
         "--batch-size", type=_positive(int), default=256, metavar="N", help="samples at once (%(default)s)"
     )

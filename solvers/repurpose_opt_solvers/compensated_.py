@@ -19,7 +19,7 @@ class Compensated:
     keeps_start = True
 
     def supports(self, problem: LayerProblem, formulation: Formulation) -> str | None:
-        return None if formulation.name == "volume" else "there is no refit to compensate by outside Volume"
+        return None if formulation.selection.name == "volume" else "there is no refit to compensate by outside Volume"
 
     def solve(
         self,
