@@ -642,6 +642,7 @@ KIND_SAMPLES: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "MeanPositions": (steps.MeanPositions(-1), (2, 3, 4)),
     "Token": (steps.Token(1), (2, 3, 4)),
     "ToTokens": (steps.ToTokens(), (2, 3, 4)),
+    "AsMap": (steps.AsMap(2), (2, 3)),
     "Concatenate": (steps.Concatenate(-1), (2, 3, 4)),
     "Slice": (steps.Slice(1, 1, 2), (2, 3, 4)),
     "Attention": (steps.Attention(2, True), (2, 3, 12)),

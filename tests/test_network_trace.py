@@ -270,7 +270,7 @@ def test_anything_else_is_refused_by_name(name: str) -> None:
 
 
 def test_a_second_input_is_refused_by_name() -> None:
-    with pytest.raises(InvalidArgument, match="example_input.*'mask'"):
+    with pytest.raises(InvalidArgument, match=r"example_input.*'mask'"):
         trace(TwoInputs(), torch.zeros(1, 6))
 
 

@@ -32,6 +32,8 @@ from repurpose_opt_benchmarks.report import bar, bar_line, machine_line, table, 
 from repurpose_opt_benchmarks.sentences import LAYERS, cosine, sentence_encoder, token_ids
 
 KINDS = ("values", "codes")
+SOLVERS = {"values": ("alternate", "group-omp"), "codes": ("alternate", "threshold")}
+"""Partitioner and pruner: 24 products, several times each."""
 COSTS = ("central", "partial sums")
 OUTPUT_OWNER = 0
 SEED = 0
@@ -51,7 +53,7 @@ class Size:
     """Of the model, from the first."""
 
 
-FULL = Size(256, 1000, (0.05, 0.10, 0.20, BAR_BUDGET), (2, 4), LAYERS)
+FULL = Size(200, 500, (BAR_BUDGET,), (4, 2), LAYERS)
 QUICK = Size(32, 32, (BAR_BUDGET,), (2,), 1)
 
 
@@ -103,6 +105,8 @@ def _plan(run: Run, size: Size) -> Plan:
         data=ids,
         output_owner=OUTPUT_OWNER,
         formulation=Volume(budget=run.budget, messages=run.row),
+        partitioner=SOLVERS[run.row][0],
+        pruner=SOLVERS[run.row][1],
         loss="squared_error",
         seed=SEED,
     )

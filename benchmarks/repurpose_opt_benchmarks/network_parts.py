@@ -1,6 +1,6 @@
 """What each part of `repurpose` adds: the whole, and the whole with one part switched off or exchanged.
 
-The strips' and the sums' networks (see networks.md) at one budget each, chosen values. All rows are fine-tuned for the
+The strips' network (see networks.md) at one budget, chosen values. All rows are fine-tuned for the
 same steps at the same learning rate, on the same batches; test images judge.
 """
 
@@ -31,7 +31,7 @@ from repurpose_opt_benchmarks import RESULTS, environment, tasks
 from repurpose_opt_benchmarks.networks_tasks import FULL, OUTPUT_OWNER, QUICK, Task, make
 from repurpose_opt_benchmarks.report import machine_line, table, write
 
-BUDGETS = {"strips": 0.03, "sum": 0.01}
+BUDGETS = {"strips": 0.03}
 WHOLE = "the whole"
 SOLVERS = ("compensated", "group-omp")
 LEARNING_RATE, DISTILLATION, ROUNDS = 5e-3, 0.5, 3

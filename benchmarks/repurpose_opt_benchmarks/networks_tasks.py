@@ -263,6 +263,7 @@ WIDTHS_TASKS = tuple(
         training=FineTuning(800, BATCH_SIZE, 2e-3 / factor**0.5),
         choices=(),
         budgets={"values": (0.03,), "codes": (0.01,)},
+        solvers={"values": ("compensated", "group-omp"), "codes": ("alternate", "threshold")},
     )
     for factor in (1, 2, 4, 8)
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from repurpose_opt.moments import Moments
 from repurpose_opt.runtime.coded import CodedConv, CodedLinear, Product, convolve
 
 _SAMPLES_PER_COLUMN = 40
+_ROUNDING = 64
+"""Times the last digit of a column's mean: what a sum of some hundred products may be off by."""
 _FEWEST_ROWS = 20_000
 """Of a calibration with positions: neighbouring ones are alike, so more say little."""
 
@@ -59,7 +62,20 @@ def moments_of(module: Product, received: torch.Tensor, original: torch.Tensor, 
             columns_of(module, tensor[batch])[rows] for tensor in ((received,) if is_same else (received, original))
         ]
         sums.add(*(part.numpy() for part in parts))
-    return Moments.of(sums)
+    return without_rounding(Moments.of(sums), received.dtype)
+
+
+def without_rounding(moments: Moments, dtype: torch.dtype) -> Moments:
+    """The same moments, but a column of x̂ that varies by no more than its rounding does not vary at all.
+
+    Weights that are fitted to rounding are huge, and rounding is not the same on every worker.
+    """
+    variance = moments.second if moments.is_diagonal else np.diagonal(moments.second)
+    varies = (variance > np.square(_ROUNDING * torch.finfo(dtype).eps * moments.mean)).astype(np.float64)
+    if moments.same_inputs or varies.all():
+        return moments
+    second = moments.second * (varies if moments.is_diagonal else np.outer(varies, varies))
+    return replace(moments, second=second, cross=moments.cross * varies)
 
 
 def product(

@@ -285,14 +285,26 @@ def _multiply(builder: Builder, call: Call) -> Output | None:
     return _two(builder, call, steps.Multiply, lambda number: steps.Linearly(number, 0.0))
 
 
-def _of_number(factor: Callable[[float], tuple[float, float]]) -> Callable[[Builder, Call], Output | None]:
-    """x − number, x / number: factor and offset."""
+def _of_number(
+    factor: Callable[[float], tuple[float, float]], number_first: tuple[float, float] | None = None
+) -> Callable[[Builder, Call], Output | None]:
+    """x − number, x / number: factor and offset. `number_first`: of number ∘ x, with an offset in numbers."""
 
     def lower(builder: Builder, call: Call) -> Output | None:
         read, number = call.args[0], call.get(1, "other")
-        if not isinstance(read, Output) or not isinstance(number, int | float) or len(call.args) > 2 or call.kwargs:
+        is_reversed = not isinstance(read, Output)
+        if is_reversed:
+            read, number = number, read
+        number = number.item() if isinstance(number, torch.Tensor) and number.ndim == 0 else number
+        is_known = isinstance(read, Output) and isinstance(number, int | float)
+        if not is_known or len(call.args) > 2 or call.kwargs or (is_reversed and number_first is None):
             return None
-        return Output(builder.add(call.name, steps.Linearly(*factor(float(number))), read.name))
+        if is_reversed:
+            assert number_first is not None
+            scale, offset = number_first[0], number_first[1] * float(number)
+        else:
+            scale, offset = factor(float(number))
+        return Output(builder.add(call.name, steps.Linearly(scale, offset), read.name))
 
     return lower
 
@@ -313,6 +325,9 @@ def _reshape(builder: Builder, call: Call) -> Output | None:
     before, after = builder.values[read.name], _Function(call)(builder.values[read.name])
     if before.shape == after.shape:
         return Output(read.name)
+    added, layout = after.ndim - before.ndim, builder.layouts[read.name]
+    if layout is not None and layout.axis == 1 and added > 0 and after.shape == (*before.shape, *(1,) * added):
+        return Output(builder.add(call.name, steps.AsMap(added), read.name))
     if after.ndim == 2 and len(after) == len(before):
         return Output(builder.add(call.name, nn.Flatten(), read.name))
     if after.ndim == 3 and after.shape[:2] == before.shape[:2]:
@@ -350,6 +365,8 @@ def _item(builder: Builder, call: Call) -> Any:
     if not isinstance(read, Output):
         return None
     value, layout = builder.values[read.name], builder.layouts[read.name]
+    if isinstance(index, tuple) and any(part is None for part in index):
+        return _reshape(builder, call)
     if layout is None or not isinstance(index, tuple) or len(index) < 2 or index[0] != slice(None):
         return None
     if any(part not in (slice(None), Ellipsis) for part in index[2:]):
@@ -491,7 +508,8 @@ _FUNCTIONS: dict[str, Callable[[Builder, Call], Any]] = {
     "iadd": _add,
     "mul": _multiply,
     "imul": _multiply,
-    "sub": _of_number(lambda number: (1.0, -number)),
+    "sub": _of_number(lambda number: (1.0, -number), (-1.0, 1.0)),
+    "rsub": _of_number(lambda number: (-1.0, number)),
     "truediv": _of_number(lambda number: (1 / number, 0.0)),
     "div": _of_number(lambda number: (1 / number, 0.0)),
     "cat": _concatenate,
@@ -500,6 +518,7 @@ _FUNCTIONS: dict[str, Callable[[Builder, Call], Any]] = {
     "flatten": _reshape,
     "view": _reshape,
     "reshape": _reshape,
+    "unsqueeze": _reshape,
     "transpose": _transpose,
     "permute": _transpose,
     "mean": _mean,

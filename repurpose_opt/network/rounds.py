@@ -60,10 +60,8 @@ class Alternation:
         settings = [None] * self.rounds if self.finetune is None else in_rounds(self.finetune, self.rounds)
         plan = None
         for number, (formulation, tuning) in enumerate(zip(self.formulations(), settings, strict=True), start=1):
-            started = time.monotonic()
             plan, record, owners = self._round(number, network, formulation, tuning, owners)
             records.append(record)
-            self._log({"round": number, **record, "seconds": time.monotonic() - started})
             network = network_of(network, plan)
         assert plan is not None
         stats = {"seed": self.seed, "rounds": records, "trials": records[-1].pop("trials")}
@@ -86,6 +84,7 @@ class Alternation:
         checkpoint = self.checkpoint.part(f"round-{number}")
         found = checkpoint.read("plan", _Finished.of_arrays)
         if found is None:
+            started = time.monotonic()
             sweep, trial = self._placed(number, network, formulation, owners, checkpoint)
             plan = plan_of(network, self.placement, trial.layers, trial.unit_owner, trial.direct_volume, {})
             record = {
@@ -102,6 +101,7 @@ class Alternation:
             found = _Finished(
                 trial.layers, trial.unit_owner, trial.direct_volume, plan.model.state_dict(), record, sweep.owners
             )
+            self._log({"round": number, **record, "seconds": time.monotonic() - started})
             checkpoint.write("plan", found.arrays())
         plan = plan_of(network, self.placement, found.layers, found.unit_owner, found.direct_volume, {})
         plan.model.load_state_dict(found.state)

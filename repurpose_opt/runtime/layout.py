@@ -39,8 +39,6 @@ def carried(module: nn.Module, inputs: Sequence[Layout], shape: Sequence[int]) -
             places = np.repeat(places, shape[1] // len(places))
         return Layout(1 if len(shape) == 2 else first.axis, places)
     if isinstance(module, nn.Flatten):
-        if len(shape) > 2:
-            return first
         if len(shape) > 2:  # only positions become one axis
             return first
         positions = shape[1] // len(first.places)

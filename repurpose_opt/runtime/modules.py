@@ -106,6 +106,7 @@ KINDS: dict[str, Kind] = {
     "Token": Kind(steps.Token, ("index",), Role.UNIT),
     "Concatenate": Kind(steps.Concatenate, ("axis",), Role.STRUCTURE),
     "Slice": Kind(steps.Slice, ("axis", "start", "stop"), Role.STRUCTURE),
+    "AsMap": Kind(steps.AsMap, ("axes",), Role.UNIT),
     "ToTokens": Kind(steps.ToTokens, (), Role.STRUCTURE),
     "Attention": Kind(steps.Attention, ("heads", "causal"), Role.STRUCTURE),
     "Gather": Kind(steps.Gather, (), Role.GATHER),

@@ -112,6 +112,17 @@ class Token(nn.Module):
         return value[:, self.index]
 
 
+class AsMap(nn.Module):
+    """(samples, size) → (samples, size, 1, …): as many axes of one position behind as it takes to meet a map."""
+
+    def __init__(self, axes: int) -> None:
+        super().__init__()
+        self.axes = axes
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        return value.reshape(*value.shape, *(1,) * self.axes)
+
+
 class ToTokens(nn.Module):
     """The positions of channels as tokens: (samples, channels, …) → (samples, tokens, channels)."""
 
