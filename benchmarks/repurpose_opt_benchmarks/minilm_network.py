@@ -53,7 +53,7 @@ class Size:
     """Of the model, from the first."""
 
 
-FULL = Size(200, 500, (BAR_BUDGET,), (4, 2), LAYERS)
+FULL = Size(150, 500, (BAR_BUDGET,), (4, 2), LAYERS)
 QUICK = Size(32, 32, (BAR_BUDGET,), (2,), 1)
 
 

@@ -15,7 +15,7 @@ Key = tuple[str, str, str | None, float | None]
 
 BARS = (
     ("sensors", "codes", 0.005, "after", 0.5),
-    ("sensors", "codes", 0.01, "before", 2.0),
+    ("sensors", "codes", 0.005, "before", 2.0),
     ("sum", "values", 0.02, "after", 1.0),
     ("sum", "codes", 0.02, "after", 1.0),
     ("strips", "values", 0.03, "after", 0.5),
