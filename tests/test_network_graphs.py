@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from repurpose_opt import Lossless, Plan, Volume
+from repurpose_opt.errors import NoSolution
 from repurpose_opt.formulation import Formulation
 from repurpose_opt.network.repurpose import repurpose
 from repurpose_opt.network.trace import trace
@@ -474,6 +475,15 @@ def cases(draw: Any, kind: str) -> Case:
 
 
 def planned(case: Case, formulation: Formulation) -> Plan:
+    """At a price where norms and gatherings alone send more than the budget."""
+    try:
+        return repurposed(case, formulation)
+    except NoSolution:
+        assert isinstance(formulation, Volume)
+        return repurposed(case, replace(formulation, budget=None, transfer_price=1e-3))
+
+
+def repurposed(case: Case, formulation: Formulation) -> Plan:
     layout = trace(case.model, case.inputs[:1]).layouts[INPUT]
     owner = None if layout is None else np.random.default_rng(case.seed).integers(P, size=len(layout.places))
     return repurpose(

@@ -45,7 +45,7 @@ def cost_of(plan: Plan) -> Cost:
     sent = sum(message.size * layer.positions for layer in plan.layers for message in layer.messages.values())
     messages = sum(len(layer.messages) for layer in plan.layers)
     macs = plan.worker_macs().max() / (_dense_macs(plan.layers) / plan.n_workers)
-    return Cost(sent, plan.volume, plan.volume / plan.direct_volume, messages, plan.busiest, float(macs))
+    return Cost(sent, plan.volume, plan.volume / max(plan.direct_volume, 1), messages, plan.busiest, float(macs))
 
 
 def naive(direct: Plan) -> Cost:
@@ -224,13 +224,17 @@ def contiguous_plan(
 
 
 def in_order(wiring: Wiring) -> NDArray[np.int64]:
-    """(m,) owners in the neurons' order: each worker is filled before the next one; what is given stays."""
+    """(m,) owners in the neurons' order: each worker is filled before the next one; what is given stays.
+
+    Neurons that only few workers may have come first, while there is room for them.
+    """
     owner = np.full(len(wiring.units), -1)
     left = wiring.capacity.copy()
     given = wiring.allowed.sum(axis=1) == 1
     owner[given] = wiring.allowed[given].argmax(axis=1)
     np.subtract.at(left, owner[given], wiring.load[given])
-    for neuron in np.flatnonzero(~given):
+    free = np.flatnonzero(~given)
+    for neuron in free[np.argsort(wiring.allowed[free].sum(axis=1), kind="stable")]:
         fits = np.flatnonzero((left >= wiring.load[neuron] - 1e-9) & wiring.allowed[neuron])
         owner[neuron] = fits[0]
         left[fits[0]] -= wiring.load[neuron]
@@ -273,7 +277,7 @@ def _cost_of_numbers(direct: Plan, traffic: list[NDArray[np.int64]], busiest_mac
     sent = int(numbers.sum())
     busiest = int(max(numbers.sum(axis=0).max(), numbers.sum(axis=1).max())) * size
     messages = sum(int(np.count_nonzero(layer)) for layer in traffic)
-    return Cost(sent, sent * size, sent * size / direct.direct_volume, messages, busiest, busiest_macs)
+    return Cost(sent, sent * size, sent * size / max(direct.direct_volume, 1), messages, busiest, busiest_macs)
 
 
 def _dense_macs(layers: tuple[PlannedLayer, ...]) -> int:

@@ -6,6 +6,7 @@ query, key and value belong together, make units one.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -69,6 +70,9 @@ class Builder:
         Raises UnsupportedModule where its output is not one tensor, samples first.
         """
         name = self._unique(name)
+        if not isinstance(module, steps.Opaque):  # workers run no hooks: one that changes something is found out later
+            module._forward_hooks.clear()
+            module._forward_pre_hooks.clear()
         value = module.eval()(*(self.values[i] for i in inputs))
         samples = len(self.values[INPUT])
         if not isinstance(value, torch.Tensor) or value.ndim == 0 or len(value) != samples:
@@ -80,7 +84,7 @@ class Builder:
         except InvalidArgument as error:
             self.central[name] = str(error)
             if role_of(module) is not Role.CENTRAL:
-                module = steps.Opaque(name, module)
+                module = steps.Opaque(type(module).__name__, module)
             inputs = tuple(self.gathered(i) for i in inputs)
             layout = made(
                 np.full(self._size(value, inputs[0]), CENTRAL_UNIT), value.shape, self._axis(value, inputs[0])
@@ -117,7 +121,7 @@ class Builder:
         return name
 
     def _unique(self, name: str) -> str:
-        name, number = name.replace(".", "_"), 2
+        name, number = re.sub(r"\W", "_", name), 2  # names are in file names, too
         unique = name
         while unique in self.values or hasattr(Graph, unique):
             unique, number = f"{name}_{number}", number + 1
@@ -137,7 +141,8 @@ class Builder:
         if role is Role.PRODUCT:
             return self._product(module, given[0], self.values[inputs[0]], value)
         if role is Role.CENTRAL:
-            raise InvalidArgument("module", type(module).__name__, "one that can be split")
+            kind = module.name if isinstance(module, steps.Opaque) else type(module).__name__
+            raise InvalidArgument("module", kind, "one that can be split")
         return self._carried(module, inputs[0], given, value)
 
     def _product(self, module: nn.Module, layout: Layout, read: torch.Tensor, value: torch.Tensor) -> Layout:

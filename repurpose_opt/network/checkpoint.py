@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import zipfile
@@ -17,6 +18,8 @@ from repurpose_opt.errors import InvalidArgument
 
 Arrays = Mapping[str, NDArray[Any]]
 T = TypeVar("T")
+LONGEST_NAME = 150
+"""Characters of a file's name before a digest stands for the rest: file systems allow 255 bytes."""
 
 
 class Checkpoint:
@@ -45,7 +48,10 @@ class Checkpoint:
         return part
 
     def path(self, key: str) -> Path | None:
-        return None if self.directory is None else self.directory / f"{self.prefix}{key}.npz"
+        name = f"{self.prefix}{key}"
+        if len(name) > LONGEST_NAME:
+            name = f"{name[:LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+        return None if self.directory is None else self.directory / f"{name}.npz"
 
     def read(self, key: str, of_arrays: Callable[[Arrays], T]) -> T | None:
         """What was finished under this key, or None. Raises InvalidArgument where its file is damaged."""

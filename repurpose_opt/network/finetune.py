@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from repurpose_opt.errors import InvalidArgument
+from repurpose_opt.runtime.modules import Role, role_of
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(outputs, labels) → a number"""
@@ -75,14 +76,13 @@ def fine_tune(
     seed: int = 0,
     validation: Batch | None = None,
 ) -> None:
-    """Train `model` in place on `settings.steps` batches; weights, encoders and decoders that are zero stay zero.
+    """Train `model` in place on `settings.steps` batches; connections of its products that are zero stay zero.
 
     `teacher` is the original model, needed for distillation. `loss` is "cross_entropy" or "squared_error"; `seed` is
     for Dropout. With `validation` samples, the weights of least loss on them are kept. The model ends in evaluation
     mode.
     """
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
-    masks = [(matrix, matrix != 0) for matrix in matrices if not matrix.all()]
+    masks = masks_of(model)
     parameters = list(model.requires_grad_().parameters())
     make = settings.optimizer or (lambda given, rate: torch.optim.Adam(given, lr=rate, fused=True))
     optimizer = make(parameters, settings.learning_rate)
@@ -108,6 +108,17 @@ def fine_tune(
                 break
     best.restore()
     model.eval().requires_grad_(False)
+
+
+def masks_of(model: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Weights, encoders and decoders of products with zeros, and where they are not zero; kernels count as a whole.
+
+    `model` is a graph or a flat nn.Sequential. Nothing else is pruned, so zeros elsewhere are numbers like any other.
+    """
+    products = [module for module in model.children() if role_of(module) is Role.PRODUCT]
+    matrices = [matrix for module in products for matrix in module.parameters() if matrix.ndim >= 2]
+    found = [(matrix, (matrix != 0).flatten(2).any(2) if matrix.ndim > 2 else matrix != 0) for matrix in matrices]
+    return [(matrix, mask.view(*mask.shape, *(1,) * (matrix.ndim - 2))) for matrix, mask in found if not mask.all()]
 
 
 @torch.no_grad()

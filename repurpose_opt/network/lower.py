@@ -7,13 +7,14 @@ order of their arguments with few exceptions.
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.nn.utils import fusion
+from torch.nn.utils import fusion, parametrize
 
 from repurpose_opt.network.builder import Builder
 from repurpose_opt.network.products import product_with
@@ -49,7 +50,7 @@ class Call:
 
 
 class _Function(nn.Module):
-    """Any function, with its constants."""
+    """Any function, with its constants; its repr tells it from any other."""
 
     def __init__(self, call: Call) -> None:
         super().__init__()
@@ -65,6 +66,16 @@ class _Function(nn.Module):
 
         args = mapped(filled, self.call.args)
         return self.call.target(*args, **mapped(filled, dict(self.call.kwargs)))
+
+    def extra_repr(self) -> str:
+        return f"{self.call.function}, {mapped(_described, (self.call.args, dict(self.call.kwargs)))}"
+
+
+def _described(leaf: Any) -> Any:
+    """A constant, or what stands for the numbers of a tensor."""
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    return leaf.shape, hashlib.sha256(leaf.contiguous().numpy().tobytes()).hexdigest()
 
 
 def mapped(function: Callable[[Any], Any], part: Any) -> Any:
@@ -106,6 +117,9 @@ def lower_module(builder: Builder, name: str, module: nn.Module, inputs: list[st
 
 def lower_function(builder: Builder, call: Call) -> Any:
     """The steps of a function: an Output, or what else it gives. What is not known here runs on one worker."""
+    if not call.args and "input" in call.kwargs:  # the first argument of all functions here that have it
+        rest = {name: value for name, value in call.kwargs.items() if name != "input"}
+        call = replace(call, args=(call.kwargs["input"],), kwargs=rest)
     lower = _FUNCTIONS.get(call.function)
     found = None if lower is None else lower(builder, call)
     if found is None:
@@ -118,24 +132,33 @@ def lower_function(builder: Builder, call: Call) -> Any:
 
 
 def _copy(name: str, module: nn.Module) -> nn.Module:
-    if isinstance(module, nn.Conv1d | nn.Conv2d) and kind_of(module) is not None:
+    if isinstance(module, nn.Conv1d | nn.Conv2d) and (kind_of(module) is not None or _is_computed(module)):
         found = _conv(module)
-        return steps.Opaque(name, copy.deepcopy(module)) if found is None else found
+        return steps.Opaque(type(module).__name__, copy.deepcopy(module)) if found is None else found
+    if isinstance(module, nn.Linear) and _is_computed(module):
+        return cast(nn.Module, product_with(module.weight.detach(), module.bias))
     is_known = kind_of(module) is not None and not getattr(module, "return_indices", False)
     if not is_known or (isinstance(module, nn.Embedding) and module.max_norm is not None):
-        return steps.Opaque(name, copy.deepcopy(module))
+        return steps.Opaque(type(module).__name__, copy.deepcopy(module))
     weight = getattr(module, "weight", None)
     if weight is not None and not isinstance(weight, nn.Parameter):
-        return steps.Opaque(name, copy.deepcopy(module))  # computed, not a parameter
+        return steps.Opaque(type(module).__name__, copy.deepcopy(module))  # computed, not a parameter
     if any(True for _ in module.parameters()):
         return copy.deepcopy(module)
     return from_spec(to_spec(module))
 
 
+def _is_computed(module: nn.Module) -> bool:
+    """Whether a known product computes its weight, always the same in evaluation mode: pruned, or normalised."""
+    if parametrize.is_parametrized(module):
+        return type(module).__bases__[0] in (nn.Linear, nn.Conv1d, nn.Conv2d)
+    return kind_of(module) is not None and not isinstance(module.weight, nn.Parameter)
+
+
 def _conv(module: nn.Conv1d | nn.Conv2d) -> nn.Module | None:
     """A convolution with paddings in numbers and no groups but depthwise ones; None where padding is no zeros."""
     padding = module.padding
-    if module.padding_mode != "zeros" or not isinstance(module.weight, nn.Parameter):
+    if module.padding_mode != "zeros":
         return None
     if padding == "valid":
         padding = (0,) * len(module.kernel_size)
@@ -173,7 +196,7 @@ def _batch_norm(
     """Folded into the product before it where nothing else reads that, else a scale and a shift for each channel."""
     last_name, last, _ = builder.steps[-1] if builder.steps else ("", nn.Identity(), ())
     if is_sole_reader and last_name == read and isinstance(last, nn.Conv1d | nn.Conv2d | nn.Linear):
-        if isinstance(last, nn.Linear) and builder.values[read].ndim == 2:
+        if isinstance(last, nn.Linear) and builder.values[read].ndim == 2 and module.affine:
             return Output(builder.replace_last(fusion.fuse_linear_bn_eval(last, module.eval())))
         if not isinstance(last, nn.Linear):
             return Output(builder.replace_last(fusion.fuse_conv_bn_eval(last, module.eval())))
@@ -225,7 +248,8 @@ def _encoder_layer(builder: Builder, name: str, layer: nn.TransformerEncoderLaye
 def _activation(builder: Builder, name: str, activation: Any, read: str) -> str:
     if isinstance(activation, nn.Module):
         return lower_module(builder, name, activation, [read], False).name
-    call = Call(name, activation.__name__.strip("_"), activation, (Output(read),), {})
+    function = getattr(activation, "__name__", type(activation).__name__).strip("_")
+    call = Call(name, function, activation, (Output(read),), {})
     found: str = lower_function(builder, call).name
     return found
 
@@ -242,7 +266,7 @@ def _with(make: Callable[[Call], nn.Module]) -> Callable[[Builder, Call], Output
             return None
         module = make(call)
         # The same call with all its defaults: a guard against arguments that this table does not know.
-        expected = _Function(call)(builder.values[call.args[0].name])
+        expected = _Function(call)(builder.values[call.args[0].name].clone())  # it may work in place
         found = module.eval()(builder.values[call.args[0].name])
         if not isinstance(expected, torch.Tensor) or found.shape != expected.shape or not torch.equal(found, expected):
             return None
@@ -263,6 +287,8 @@ def _two(
     if not isinstance(one, Output):
         one, other = other, one
     value = builder.values[one.name]
+    if not value.is_floating_point():
+        return None
     if isinstance(other, torch.Tensor) and other.ndim == 0:
         other = other.item()
     if isinstance(other, int | float):
@@ -297,7 +323,9 @@ def _of_number(
             read, number = number, read
         number = number.item() if isinstance(number, torch.Tensor) and number.ndim == 0 else number
         is_known = isinstance(read, Output) and isinstance(number, int | float)
-        if not is_known or len(call.args) > 2 or call.kwargs or (is_reversed and number_first is None):
+        if not is_known or len(call.args) != 2 or call.kwargs or (is_reversed and number_first is None):
+            return None
+        if not builder.values[read.name].is_floating_point():
             return None
         if is_reversed:
             assert number_first is not None
@@ -323,6 +351,8 @@ def _reshape(builder: Builder, call: Call) -> Output | None:
     """Whatever flattens all of a sample, or all positions of its channels."""
     read = call.args[0]
     before, after = builder.values[read.name], _Function(call)(builder.values[read.name])
+    if not torch.equal(before.flatten(), after.flatten()):  # an index that chooses
+        return None
     if before.shape == after.shape:
         return Output(read.name)
     added, layout = after.ndim - before.ndim, builder.layouts[read.name]
@@ -516,6 +546,7 @@ _FUNCTIONS: dict[str, Callable[[Builder, Call], Any]] = {
     "concat": _concatenate,
     "concatenate": _concatenate,
     "flatten": _reshape,
+    "squeeze": _reshape,
     "view": _reshape,
     "reshape": _reshape,
     "unsqueeze": _reshape,

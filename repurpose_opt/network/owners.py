@@ -87,11 +87,13 @@ class Owners:
         self.of_unit[units] = owner
 
     def place_source(self, name: str) -> None:
-        """Units of a source that are free, in order, each worker its share."""
+        """Units of a source that are free, in order, each worker its share; the answer's, only who wants it."""
         units = np.unique(self.network.units(name))
         free = units[self.of_unit[units] < 0]
-        ends = np.cumsum(self.placement.room(np.ones(len(free)), is_answer=False))
-        self.set(free, np.searchsorted(ends, np.arange(len(free)), side="right"))
+        is_wanted = np.isin(free, self.network.answer_units)
+        for part, is_answer in ((free[is_wanted], True), (free[~is_wanted], False)):
+            ends = np.cumsum(self.placement.room(np.ones(len(part)), is_answer))
+            self.set(part, np.searchsorted(ends, np.arange(len(part)), side="right"))
 
     def wiring(self, name: str) -> Wiring:
         """Of a product all of whose inputs are placed."""

@@ -24,7 +24,10 @@ from repurpose_opt.network.trace import Network, trace
 from repurpose_opt.problem import checked_numbers
 from repurpose_opt.progress import progress
 from repurpose_opt.runtime.graph import INPUT
+from repurpose_opt.runtime.inputs import reader_of
+from repurpose_opt.runtime.modules import to_spec
 from repurpose_opt.runtime.plan import Plan
+from repurpose_opt.runtime.splits import Split
 
 MOST_SHARES = 6
 """Plans that are tried to keep within the memory of all workers."""
@@ -94,9 +97,8 @@ def repurpose(
     placement = placement_of(network, n_workers, input_owner, output_owner, worker_share, link_price)
     limits = None if memory_limit is None else checked_numbers("memory_limit", memory_limit, (n_workers,), default=0.0)
     tuning = None if finetune is None else _described(finetune)
-    fingerprint = _fingerprint(
-        network, inputs, placement, formulation, partitioner, pruner, loss, seed, rounds, look_ahead, tuning, limits
-    )
+    settings = (formulation, partitioner, pruner, loss, seed, rounds, look_ahead, tuning, limits)
+    fingerprint = _fingerprint(network, inputs, labels, placement, *settings)
     checkpoint = Checkpoint(checkpoint_dir, fingerprint)
     with progress() as report:
         run = Alternation(
@@ -151,7 +153,14 @@ def _checked_data(
         labels = checked_labels(labels, loss, network.shapes[network.output])
         if loss == "squared_error":
             labels = labels.to(network.dtype)
-    return inputs if network.layouts[INPUT] is None else inputs.to(network.dtype), labels
+    if network.layouts[INPUT] is not None:
+        return inputs.to(network.dtype), labels
+    vocabulary = reader_of(network.graph, Split(network.input_shape, None), 0, "int64").vocabulary
+    assert vocabulary is not None
+    if inputs.is_floating_point() or inputs.min() < 0 or inputs.max() >= vocabulary:
+        found = f"{str(inputs.dtype).removeprefix('torch.')} {inputs.min()} … {inputs.max()}"
+        raise InvalidArgument("data", found, f"token ids, whole numbers in 0 … {vocabulary - 1}")
+    return inputs, labels
 
 
 def _check_limit(formulation: Formulation) -> None:
@@ -176,12 +185,16 @@ def _name(function: Any) -> str:
     return str(getattr(function, "__qualname__", type(function).__qualname__))
 
 
-def _fingerprint(network: Network, inputs: torch.Tensor, placement: Placement, *settings: Any) -> str:
-    digest = hashlib.sha256(
-        repr((network.graph, network.graph.steps, placement.n_workers, placement.output_owner, settings)).encode()
-    )
+def _fingerprint(
+    network: Network, inputs: torch.Tensor, labels: torch.Tensor | None, placement: Placement, *settings: Any
+) -> str:
+    # The repr of a graph names the functions in it, specs the arguments of modules without a repr of their own.
+    specs = [to_spec(network.graph.module(step.name)) for step in network.graph.steps]
+    described = (network.graph, network.graph.steps, specs, placement.n_workers, placement.output_owner, settings)
+    digest = hashlib.sha256(repr(described).encode())
     arrays: list[NDArray[Any]] = [tensor.numpy() for tensor in network.graph.state_dict().values()]
     arrays += [inputs.numpy(), placement.share]
+    arrays += [] if labels is None else [labels.numpy()]
     arrays += [given for given in (placement.input_owner, placement.link_price) if given is not None]
     for array in arrays:
         digest.update(np.ascontiguousarray(array).tobytes())

@@ -30,7 +30,7 @@ def best_trial(sweep: Sweep, formulation: Formulation) -> Trial:
 
     Whatever else the formulation says, such as what messages may be, holds for every layer as it is.
 
-    Raises NoSolution where no price reaches `max_nmse`.
+    Raises NoSolution where no price reaches `max_nmse`, or what norms and gatherings send is above the budget.
     """
     if not isinstance(formulation, Volume) or formulation.transfer_price is not None:
         return sweep.run(formulation)
@@ -47,12 +47,22 @@ def best_trial(sweep: Sweep, formulation: Formulation) -> Trial:
     if formulation.max_nmse is not None:
         return _least_volume(sweep, at_price, first, formulation.max_nmse)
     if formulation.budget == 0 or formulation.budget_bytes == 0:
-        return nothing_sent()
+        return _checked(nothing_sent(), formulation)
     if formulation.budget == 1 or (formulation.budget_bytes or 0) >= sweep.most_volume:
         return at_price(0.0)
     trial = largest_within(at_price, lambda trial: _used(trial, formulation), first, -1)
     # No price keeps values off a link that costs nothing; a budget counts their bytes all the same.
-    return trial if _used(trial, formulation) <= 1 else nothing_sent()
+    return trial if _used(trial, formulation) <= 1 else _checked(nothing_sent(), formulation)
+
+
+def _checked(trial: Trial, formulation: Volume) -> Trial:
+    """A trial in which no product is sent anything. Raises NoSolution where it is above the budget all the same."""
+    allowed = formulation.allowed_bytes(trial.direct_volume)
+    assert allowed is not None
+    if trial.volume > allowed:
+        got = f"{trial.volume} of {trial.direct_volume} bytes a sample"
+        raise NoSolution(f"the budget, {allowed:g} bytes, cannot be met: norms and gatherings alone send {got}")
+    return trial
 
 
 def curve(trials: Sequence[Trial]) -> list[dict[str, float]]:

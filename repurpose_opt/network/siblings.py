@@ -34,6 +34,8 @@ def stacked(builder: Builder, output: str) -> Builder:
             names[name] = names[inputs[0]]  # put in anew where it is needed
         elif len(group) < 2:
             names[name] = again.add(name, module, *(names[read] for read in inputs))
+            if name in builder.central:  # why, before it was wrapped
+                again.central[names[name]] = builder.central[name]
         elif name not in names:
             _add_group(again, group, names)
     if names[output] != again.steps[-1][0]:  # a slice, or something that was added before what is stacked

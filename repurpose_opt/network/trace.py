@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import fx, nn
+from torch.nn.parameter import UninitializedParameter
 
 from repurpose_opt.errors import InvalidArgument, UnsupportedModule
 from repurpose_opt.network.builder import CENTRAL_UNIT, Builder
@@ -21,6 +22,7 @@ from repurpose_opt.runtime.coded import Product
 from repurpose_opt.runtime.graph import INPUT, Graph
 from repurpose_opt.runtime.layout import Layout
 from repurpose_opt.runtime.modules import Role, role_of
+from repurpose_opt.runtime.splits import reads_ids
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +129,9 @@ def trace(model: nn.Module, example_input: torch.Tensor) -> Network:
     """
     if not isinstance(model, nn.Module):
         raise InvalidArgument("model", type(model).__name__, "a torch.nn.Module")
-    model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+    if any(isinstance(parameter, UninitializedParameter) for parameter in model.parameters()):
+        raise InvalidArgument("model", "lazy modules without weights", "one that has run once")
+    model = _copied(model).cpu().eval().requires_grad_(False)
     _check_weights(model)
     example = _checked_example(model, example_input)
     calls = _calls(model, example)
@@ -138,6 +142,13 @@ def trace(model: nn.Module, example_input: torch.Tensor) -> Network:
     if not _can_be_wanted_anywhere(_network(builder, model, example)):
         builder.gathered(builder.steps[-1][0])
     return _network(builder, model, example)
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy; of weights that hooks compute, as pruning and normalisation do, their numbers, which have no deepcopy."""
+    attributes = [value for module in model.modules() for value in vars(module).values()]
+    computed = [value for value in attributes if isinstance(value, torch.Tensor) and not value.is_leaf]
+    return copy.deepcopy(model, {id(value): value.detach() for value in computed})
 
 
 @dataclass(frozen=True)
@@ -156,7 +167,10 @@ def _calls(model: nn.Module, example: torch.Tensor) -> _Calls:
     if type(model).__module__.startswith("torch.nn.") and not isinstance(model, nn.Sequential):
         model = nn.Sequential(model)  # known as a whole, not by what its forward does
     try:
-        return _Calls(fx.symbolic_trace(model).graph, {}, model)
+        graph = fx.symbolic_trace(model).graph
+        if sum(node.op == "placeholder" for node in graph.nodes) == 1:
+            return _Calls(graph, {}, model)
+        reason = "it has several inputs"  # which torch.export leaves at their defaults
     except Exception as error:  # whatever the model's own code makes of a value that is not there
         reason = str(error).split("\n")[0]
     try:
@@ -199,8 +213,14 @@ def _target(calls: _Calls, node: fx.Node) -> Any:
 def _is_flatten(reader: Any) -> bool:
     if isinstance(reader, nn.Module):
         return isinstance(reader, nn.Flatten) and (reader.start_dim, reader.end_dim) == (1, -1)
-    name = _function(reader)
-    return name in ("size", "sym_size", "flatten", "view", "reshape", "dim", "getattr")
+    name, given = _function(reader), reader.args[1:]
+    if name == "flatten":
+        dims = dict(zip(("start_dim", "end_dim"), given, strict=False)) | reader.kwargs
+        return (dims.get("start_dim", 0), dims.get("end_dim", -1)) == (1, -1)
+    if name in ("view", "reshape"):
+        sizes = given[0] if len(given) == 1 and isinstance(given[0], tuple | list) else given
+        return len(sizes) == 2
+    return name in ("size", "sym_size", "dim", "getattr")  # numbers, for whatever flattens it then
 
 
 def _function(node: fx.Node) -> str:
@@ -236,11 +256,13 @@ def _lower(builder: Builder, calls: _Calls) -> str:
                 raise UnsupportedModule("the output is not one tensor computed from the input; allowed: one tensor")
             return result.name
         else:
-            known[node] = _lowered(builder, model, node, given(node.args), given(dict(node.kwargs)))
+            known[node] = _lowered(builder, model, node, given(node.args), given(dict(node.kwargs)), known)
     raise UnsupportedModule("model: its graph has no output")
 
 
-def _lowered(builder: Builder, model: nn.Module, node: fx.Node, args: Any, kwargs: Any) -> Any:
+def _lowered(
+    builder: Builder, model: nn.Module, node: fx.Node, args: Any, kwargs: Any, known: Mapping[fx.Node, Any]
+) -> Any:
     """What a node gives: an Output, or a constant where it depends on no output."""
     read = outputs_in((args, kwargs))
     if node.op == "call_module":
@@ -253,9 +275,11 @@ def _lowered(builder: Builder, model: nn.Module, node: fx.Node, args: Any, kwarg
                 raise UnsupportedModule(f"module {node.target!r}: attention with a mask; allowed: without")
             return (lower_module(builder, str(node.target), module, read, False), None)
         is_plain = len(read) == len(args) and not kwargs
-        sole = len(node.args) == 1 and isinstance(node.args[0], fx.Node) and len(node.args[0].users) == 1
+        # Several nodes may stand for one output, each but the first a user of another.
+        same = [other for other, value in known.items() if isinstance(value, Output) and value.name in read]
+        sole = len(read) == 1 and sum(len(other.users) for other in same) == len(same)
         if not is_plain:
-            call = Call(str(node.target), str(node.target), module, tuple(args), kwargs)
+            call = Call(str(node.target), type(module).__name__, module, tuple(args), kwargs)
             return lower_function(builder, call)
         return lower_module(builder, str(node.target), module, read, sole)
     function = _function(node)
@@ -268,6 +292,8 @@ def _lowered(builder: Builder, model: nn.Module, node: fx.Node, args: Any, kwarg
         assert callable(node.target)
         target = node.target
     if function == "getitem" and isinstance(args[0], tuple):
+        if args[0][args[1]] is None and node.users:
+            raise UnsupportedModule(f"{node.name!r}: the weights of an attention are read; allowed: only its output")
         return args[0][args[1]]
     if not read:
         return target(*args, **kwargs)
@@ -306,6 +332,8 @@ def _can_be_wanted_anywhere(network: Network) -> bool:
 def _network(builder: Builder, model: nn.Module, example: torch.Tensor) -> Network:
     """The graph with its units counted from 1, and all of the output where it is wanted."""
     output = builder.steps[-1][0] if builder.steps else INPUT
+    if builder.layouts[INPUT] is None and not reads_ids(builder.graph()):
+        raise UnsupportedModule("input: whole numbers that no nn.Embedding reads as they are; allowed: token ids")
     if builder.layouts[output] is None or not any(role_of(module) is Role.PRODUCT for _, module, _ in builder.steps):
         raise UnsupportedModule("model: no nn.Linear or convolution in it that can be placed; allowed: at least one")
     found = {
@@ -327,7 +355,7 @@ def _network(builder: Builder, model: nn.Module, example: torch.Tensor) -> Netwo
 @torch.no_grad()
 def _check_same(model: nn.Module, graph: Graph, inputs: torch.Tensor) -> None:
     """That the graph computes what the model does, for another number of samples than it was read with."""
-    expected, output, name = model(inputs), inputs, INPUT
+    expected, output, name = model(inputs.clone()), inputs, INPUT
     try:
         for step, output in graph.outputs(inputs):
             name = step.name
@@ -375,7 +403,7 @@ def _checked_example(model: nn.Module, example_input: torch.Tensor) -> torch.Ten
     else:
         example = torch.cat([example, example.flip(-1)])
     try:
-        output = model(example)
+        output = model(example.clone())  # it may work in place
     except Exception as error:
         first_line = str(error).split("\n")[0]
         raise InvalidArgument("example_input", first_line, "an input that the model accepts") from None

@@ -72,6 +72,8 @@ ELEMENTWISE: dict[str, Kind] = {
         ("Mish", nn.Mish, ()),
         ("Identity", nn.Identity, ()),
         ("Dropout", nn.Dropout, ("p",)),
+        ("Dropout1d", nn.Dropout1d, ("p",)),
+        ("Dropout2d", nn.Dropout2d, ("p",)),
     )
 }
 """Modules that act on every number by itself."""

@@ -159,5 +159,6 @@ class Opaque(nn.Module):
         self.name, self.module = name, module
 
     def forward(self, *values: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = self.module(*values)
+        # It may work in place, and others may read the same tensors.
+        result: torch.Tensor = self.module(*(value.clone() for value in values))
         return result
