@@ -187,6 +187,7 @@ def mean_divergence(**arguments: Any) -> float:
     return float(np.mean(divergences))
 
 
+@pytest.mark.slow
 def test_compensation_and_loss_weights_are_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = mean_divergence()
     assert ours < 0.75 * mean_divergence(partitioner="munkres", pruner="threshold")
@@ -257,11 +258,11 @@ def bytes_of(plan: Plan) -> list[int]:
 
 
 def test_a_memory_limit_names_a_worker_and_the_bytes() -> None:
-    plan = planned(Volume(budget=0.1))
-    assert same(planned(Volume(budget=0.1), memory_limit=max(bytes_of(plan))), plan)
+    plan = planned(Volume(budget=0.1), pruner="threshold")
+    assert same(planned(Volume(budget=0.1), pruner="threshold", memory_limit=max(bytes_of(plan))), plan)
     limit = min(bytes_of(plan)) // 2
     with pytest.raises(InvalidArgument, match=f"memory_limit: got {limit} bytes.*at least .*, which worker . needs"):
-        planned(Volume(budget=0.1), memory_limit=limit)
+        planned(Volume(budget=0.1), pruner="threshold", memory_limit=limit)
 
 
 def test_a_plan_comes_back_from_disk(tmp_path: Path) -> None:

@@ -529,7 +529,7 @@ def check(case: Case, whole: Formulation, pruned: Formulation) -> None:
     check_workers(plan, unseen)
 
 
-@pytest.mark.parametrize(("kind", "examples"), [(kind, 15) for kind in KINDS])
+@pytest.mark.parametrize(("kind", "examples"), [(kind, 8) for kind in KINDS])
 def test_a_plan_computes_what_the_model_does(kind: str, examples: int) -> None:
     @settings(max_examples=examples)
     @given(cases(kind), st.sampled_from(WHOLE), st.sampled_from(PRUNED))
