@@ -112,7 +112,7 @@ def lower_module(builder: Builder, name: str, module: nn.Module, inputs: list[st
         return _encoder_layer(builder, name, module, inputs[0])
     if type(module) is nn.MultiheadAttention and len(set(inputs)) == 1 and len(inputs) == 3 and _is_attention(module):
         return _attention(builder, name, module, inputs[0])
-    return Output(builder.add(name, _copy(name, module), *inputs))
+    return Output(builder.add(name, _copy(module), *inputs))
 
 
 def lower_function(builder: Builder, call: Call) -> Any:
@@ -131,7 +131,7 @@ def lower_function(builder: Builder, call: Call) -> Any:
     return found
 
 
-def _copy(name: str, module: nn.Module) -> nn.Module:
+def _copy(module: nn.Module) -> nn.Module:
     if isinstance(module, nn.Conv1d | nn.Conv2d) and (kind_of(module) is not None or _is_computed(module)):
         found = _conv(module)
         return steps.Opaque(type(module).__name__, copy.deepcopy(module)) if found is None else found

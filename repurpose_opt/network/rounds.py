@@ -103,8 +103,9 @@ class Alternation:
             )
             self._log({"round": number, **record, "seconds": time.monotonic() - started})
             checkpoint.write("plan", found.arrays())
-        plan = plan_of(network, self.placement, found.layers, found.unit_owner, found.direct_volume, {})
-        plan.model.load_state_dict(found.state)
+        else:
+            plan = plan_of(network, self.placement, found.layers, found.unit_owner, found.direct_volume, {})
+            plan.model.load_state_dict(found.state)
         return replace(plan), dict(found.record), found.owners  # replace checks the plan anew
 
     def _placed(

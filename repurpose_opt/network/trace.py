@@ -139,8 +139,10 @@ def trace(model: nn.Module, example_input: torch.Tensor) -> Network:
     builder.layouts[INPUT] = _input_layout(builder, calls, example)
     output = _lower(builder, calls)
     builder = stacked(builder, output)
-    if not _can_be_wanted_anywhere(_network(builder, model, example)):
-        builder.gathered(builder.steps[-1][0])
+    network = _network(builder, model, example)
+    if _can_be_wanted_anywhere(network):
+        return network
+    builder.gathered(network.output)
     return _network(builder, model, example)
 
 
