@@ -112,6 +112,7 @@ def test_bars_report_and_plot(tmp_path: Path):
             "workers": workers,
             "row": kind,
             "budget": budget,
+            "price": 2e-7,
             "volume_fraction": budget,
             "numbers": 7,
             "busiest_macs": 1.0,
@@ -121,7 +122,7 @@ def test_bars_report_and_plot(tmp_path: Path):
         for kind in minilm_network.KINDS
         for budget in (0.1, 0.3)
     ]
-    rows.append(rows[0] | {"row": "central", "budget": None, "volume_fraction": 0.0, "cosine": None})
+    rows.append(rows[0] | {"row": "central", "budget": None, "price": None, "volume_fraction": 0.0, "cosine": None})
     bars = list(minilm_network.bars(rows))
     assert [found["measured"] for found in bars] == pytest.approx([0.993] * 4)
     assert all(found["reached"] for found in bars)
@@ -129,7 +130,7 @@ def test_bars_report_and_plot(tmp_path: Path):
     environment |= dict.fromkeys(("python", "numpy", "scipy", *minilm_network.PACKAGES), "1")
     report = {"rows": rows, "bars": bars, "command": "x", "environment": environment}
     text = minilm_network.markdown(report | {"calibration_sentences": 1, "judging_sentences": 1})
-    assert "| 4 | codes | 30% | 30.0% | 7 | 1.00 | 0.9930 | 0.9000 |" in text
+    assert "| 4 | codes | 2e-07 | 30.0% | 7 | 1.00 | 0.9930 | 0.9000 |" in text
     assert "| 2 | central | – | 0.0% | 7 | 1.00 | – | – |" in text
     minilm_network.plot(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
