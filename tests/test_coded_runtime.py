@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from repurpose_opt.runtime.coded import CodedLinear
 from repurpose_opt.runtime.exchange import ExchangeStep
 from repurpose_opt.runtime.launch import run_plan
 from repurpose_opt.runtime.plan import PlannedCode
+from repurpose_opt.runtime.transport import Wait
 
 P = 6
 SAMPLES = 23
@@ -34,10 +36,11 @@ def test_an_exchange_step_hands_over_the_encoded_numbers(kinds: str, batch: int)
     parts = [steps[k].encode(held[k]).clone().split(steps[k].sent_counts) for k in range(4)]
     for k in range(4):
 
-        def send(received: torch.Tensor, _: torch.Tensor, __: list[int], ___: list[int], k: int = k) -> None:
-            torch.cat([parts[source][k] for source in range(4)], out=received)
+        def start(received: torch.Tensor, _: Any, __: Any, ___: Any, ____: bool, k: int = k) -> Wait:
+            return lambda: torch.cat([parts[source][k] for source in range(4)], out=received)
 
-        inputs = steps[k].run(held[k], send)
+        steps[k].begin(held[k], start)
+        inputs = torch.cat([held[k], steps[k].end(batch)])
         assert torch.allclose(inputs, known[layer.columns(k)], atol=1e-6)
         assert np.array_equal(steps[k].bytes_sent, layer.traffic()[k] * batch)
 

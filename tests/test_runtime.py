@@ -27,6 +27,7 @@ from repurpose_opt.runtime.exchange import ExchangeStep
 from repurpose_opt.runtime.launch import RunResult, loopback, run_plan
 from repurpose_opt.runtime.manifest import Manifest
 from repurpose_opt.runtime.plan import Plan
+from repurpose_opt.runtime.transport import Wait
 
 P = 3
 SAMPLES = 23
@@ -57,10 +58,11 @@ def test_an_exchange_step_hands_over_exactly_the_messages(batch: int) -> None:
     parts = [steps[k].encode(held[k]).clone().split(steps[k].sent_counts) for k in range(P)]
     for k in range(P):
 
-        def send(received: torch.Tensor, _: torch.Tensor, __: list[int], ___: list[int], k: int = k) -> None:
-            torch.cat([parts[source][k] for source in range(P)], out=received)
+        def start(received: torch.Tensor, _: Any, __: Any, ___: Any, ____: bool, k: int = k) -> Wait:
+            return lambda: torch.cat([parts[source][k] for source in range(P)], out=received)
 
-        inputs = steps[k].run(held[k], send)
+        steps[k].begin(held[k], start)
+        inputs = torch.cat([held[k], steps[k].end(batch)])
         assert torch.equal(inputs, values[layer.columns(k)])
         assert np.array_equal(steps[k].bytes_sent, layer.traffic()[k] * batch)
 
@@ -405,11 +407,11 @@ def _sabotage(kind: str | None, rank: int) -> contextlib.AbstractContextManager[
         return _patched(
             context,
             ExchangeStep,
-            "run",
-            _at_call(5, ExchangeStep.run, lambda: os.kill(os.getpid(), signal.SIGKILL)),
+            "begin",
+            _at_call(5, ExchangeStep.begin, lambda: os.kill(os.getpid(), signal.SIGKILL)),
         )
     if kind == "sleep" and rank == 1:
-        return _patched(context, ExchangeStep, "run", _at_call(5, ExchangeStep.run, lambda: time.sleep(3)))
+        return _patched(context, ExchangeStep, "begin", _at_call(5, ExchangeStep.begin, lambda: time.sleep(3)))
     return context
 
 

@@ -5,7 +5,6 @@ Values are stored (values, samples), so that what goes to one worker is one cont
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -14,9 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from repurpose_opt.runtime.layer import Indices, PlannedCode, PlannedLayer
-
-Send = Callable[[torch.Tensor, torch.Tensor, list[int], list[int]], None]
-"""(received, sent, numbers received from each worker, numbers sent to each worker): fills `received`."""
+from repurpose_opt.runtime.transport import Start, Wait
+from repurpose_opt.runtime.wire import Wire, layer_wire, wire_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,60 +37,115 @@ class Encoder:
 class ExchangeStep:
     """Sends what other workers need of the values held here and receives what is needed from them.
 
-    What arrives, values or numbers of codes, stands behind the held values as columns: decoding is part of the
-    layer's own product. `encoder` is (numbers encoded here, values held), None where this worker encodes none. Where
-    values have positions, "samples" are all positions of all samples. A norm's held values are its statistics.
+    What arrives, values or numbers of codes, are columns behind the held values: decoding is part of the layer's own
+    product. `encoder` is (numbers encoded here, values held), None where this worker encodes none. Where values have
+    positions, "samples" are all positions of all samples. A norm's held values are its statistics.
     """
 
     def __init__(
-        self, layer: PlannedLayer, worker: int, batch_size: int, dtype: torch.dtype, encoder: torch.Tensor | None = None
+        self,
+        layer: PlannedLayer,
+        worker: int,
+        batch_size: int,
+        dtype: torch.dtype,
+        encoder: torch.Tensor | None = None,
+        wire: Wire | None = None,
     ) -> None:
         P = layer.n_workers
-        held = layer.sendable(worker)
-        messages = [layer.message(worker, target) for target in range(P)]
         self.name = layer.name
         self.is_needed = bool(layer.messages)
         """False where no worker sends anything: then none calls torch.distributed."""
-        self.sent_counts = [len(message) for message in messages]
+        self.wire = layer_wire(layer, wire or wire_of(None, dtype), dtype)
+        self.sent_counts = [len(layer.message(worker, target)) for target in range(P)]
         self.received_counts = [len(layer.message(source, worker)) for source in range(P)]
         self.bytes_sent: NDArray[np.int64] = np.zeros(P, dtype=np.int64)
         """(P,) counted so far from the tensors that were handed over."""
         self.messages_sent = 0
-        self._batch_size = batch_size * layer.positions
-        self._held = len(held)
+        self.squared_error, self.squared_numbers = 0.0, 0.0
+        """Sums over all numbers sent so far of what the wire rounded off, and of the numbers."""
+        self._every_pair = len(layer.messages) == P * (P - 1)
         self._encoders = _encoders(layer, worker, encoder)
-        self._sent = torch.empty(sum(self.sent_counts) * self._batch_size, dtype=dtype)
-        self._inputs = torch.empty((len(held) + sum(self.received_counts)) * self._batch_size, dtype=dtype)
+        self._sent = _Messages(sum(self.sent_counts), batch_size * layer.positions, dtype, self.wire)
+        self._received = _Messages(sum(self.received_counts), batch_size * layer.positions, dtype, self.wire)
+        self._wait: Wait | None = None
 
-    def run(self, values: torch.Tensor, send: Send) -> torch.Tensor:
-        """From the held values (held, samples) to all values that the worker has (columns, samples).
+    @property
+    def nbytes(self) -> int:
+        """Of its buffers."""
+        return self._sent.nbytes + self._received.nbytes
 
-        The result is valid until the next call.
-        """
-        buffer = self.encode(values)
-        inputs = _front(self._inputs, values.shape[1], self._batch_size)
-        received = inputs[self._held :]
-        if self.is_needed:
-            self._count(buffer)
-            send(received, buffer, self.received_counts, self.sent_counts)
-        return self.decode(values, inputs)
+    def begin(self, values: torch.Tensor, start: Start) -> None:
+        """Encode held values (held, samples) and begin to send and receive."""
+        if not self.is_needed:
+            return
+        numbers = self.encode(values)
+        sent = self._sent.written(numbers)
+        if self._sent.is_lossy:
+            self._count_error(numbers, sent)
+        for target, part in enumerate(sent.split(self.sent_counts)):
+            self.bytes_sent[target] += part.numel() * part.element_size()
+            self.messages_sent += part.numel() > 0
+        received = self._received.message(values.shape[1])
+        self._wait = start(received, sent, self.received_counts, self.sent_counts, self._every_pair)
+
+    def end(self, samples: int) -> torch.Tensor:
+        """Wait for the numbers received (numbers, samples); valid until the next `begin`."""
+        if self._wait is not None:
+            self._wait()
+            self._wait = None
+        return self._received.read(samples)
 
     def encode(self, values: torch.Tensor) -> torch.Tensor:
-        """(held, samples) → (numbers sent, samples), ordered by target worker."""
-        buffer = _front(self._sent, values.shape[1], self._batch_size)
+        """(held, samples) → (numbers sent, samples), ordered by target worker; valid until the next call."""
+        buffer = self._sent.numbers(values.shape[1])
         for encoder in self._encoders:
             encoder.encode(values, buffer)
         return buffer
 
-    def decode(self, values: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
-        """Put the held values before the received numbers, which arrived in their place in `inputs`."""
-        inputs[: self._held] = values
-        return inputs
+    def _count_error(self, numbers: torch.Tensor, sent: torch.Tensor) -> None:
+        arrives = torch.empty_like(numbers)
+        self.wire.read(sent, arrives)
+        self.squared_error += float((arrives - numbers).square_().sum(dtype=torch.float64))
+        self.squared_numbers += float(numbers.square().sum(dtype=torch.float64))
 
-    def _count(self, buffer: torch.Tensor) -> None:
-        for target, part in enumerate(buffer.split(self.sent_counts)):
-            self.bytes_sent[target] += part.numel() * part.element_size()
-            self.messages_sent += part.numel() > 0
+
+class _Messages:
+    """Memory for all numbers that are sent, or received, in one exchange, and for how the wire writes them."""
+
+    def __init__(self, rows: int, batch_size: int, dtype: torch.dtype, wire: Wire) -> None:
+        self.is_lossy = wire.dtype != dtype
+        self._rows, self._wire = rows, wire
+        self._numbers = torch.empty(rows * batch_size, dtype=dtype)
+        self._message = self._numbers
+        if self.is_lossy:
+            self._message = torch.empty(rows * wire.row_elements(batch_size), dtype=wire.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return self._numbers.nbytes + (self._message.nbytes if self.is_lossy else 0)
+
+    def numbers(self, samples: int) -> torch.Tensor:
+        """(rows, samples), contiguous for a smaller last batch too."""
+        return self._numbers[: self._rows * samples].view(self._rows, samples)
+
+    def message(self, samples: int) -> torch.Tensor:
+        """(rows, elements of a row) on the wire."""
+        elements = self._wire.row_elements(samples) if self.is_lossy else samples
+        return self._message[: self._rows * elements].view(self._rows, elements)
+
+    def written(self, numbers: torch.Tensor) -> torch.Tensor:
+        """The message of these numbers, which are in `numbers`."""
+        message = self.message(numbers.shape[1])
+        if self.is_lossy and message.numel():
+            self._wire.write(numbers, message)
+        return message
+
+    def read(self, samples: int) -> torch.Tensor:
+        """The numbers of the message that has arrived."""
+        numbers = self.numbers(samples)
+        if self.is_lossy and numbers.numel():
+            self._wire.read(self.message(samples), numbers)
+        return numbers
 
 
 def _encoders(layer: PlannedLayer, worker: int, encoder: torch.Tensor | None) -> list[Encoder]:
@@ -116,9 +169,3 @@ def _encoders(layer: PlannedLayer, worker: int, encoder: torch.Tensor | None) ->
         encoders.append(Encoder(slice(start, start + len(chosen)), chosen))
         start += len(chosen)
     return encoders
-
-
-def _front(flat: torch.Tensor, samples: int, batch_size: int) -> torch.Tensor:
-    """(width, samples) in memory for (width, batch_size): rows stay contiguous for a smaller last batch."""
-    width = len(flat) // batch_size
-    return flat[: width * samples].view(width, samples)

@@ -37,7 +37,7 @@ def rank_and_size() -> tuple[int, int]:
 @contextlib.contextmanager
 def process_group(timeout: float) -> Iterator[None]:
     """Join the run; no call waits for another process longer than `timeout` seconds."""
-    with _contact("join the other workers"):
+    with contact("join the other workers"):
         dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
     try:
         yield
@@ -48,35 +48,36 @@ def process_group(timeout: float) -> Iterator[None]:
 def gather(item: Any) -> list[Any]:
     """The item of every process, by rank."""
     items: list[Any] = [None] * dist.get_world_size()
-    with _contact("compare with the other workers"):
+    with contact("compare with the other workers"):
         dist.all_gather_object(items, item)
     return items
 
 
 def barrier() -> None:
     """Wait until every process is here."""
-    with _contact("wait for the other workers"):
+    with contact("wait for the other workers"):
         dist.barrier()
 
 
 def all_to_all(received: torch.Tensor, sent: torch.Tensor, received_counts: list[int], sent_counts: list[int]) -> None:
     """Send a run of rows of `sent` to each process and fill `received` with those of each process."""
-    with _contact("exchange values"):
+    with contact("exchange values"):
         dist.all_to_all_single(received, sent, received_counts, sent_counts)
 
 
 def send(tensor: torch.Tensor, target: int) -> None:
-    with _contact(f"send the outputs to worker {target}"):
+    with contact(f"send the outputs to worker {target}"):
         dist.send(tensor, target)
 
 
 def receive(tensor: torch.Tensor, source: int) -> None:
-    with _contact(f"receive the outputs of worker {source}"):
+    with contact(f"receive the outputs of worker {source}"):
         dist.recv(tensor, source)
 
 
 @contextlib.contextmanager
-def _contact(purpose: str) -> Iterator[None]:
+def contact(purpose: str) -> Iterator[None]:
+    """Turn what gloo raises into one line: this worker cannot `purpose`. Raises LostContact."""
     try:
         yield
     except RuntimeError as error:

@@ -181,6 +181,11 @@ class PlannedLayer:
         ]
         return np.array(macs, dtype=np.int64)
 
+    @property
+    def sends_statistics(self) -> bool:
+        """Whether its messages are those of a normalisation."""
+        return self._statistics > 0
+
     @cached_property
     def _statistics(self) -> int:
         """Statistics that a worker has to send; 0 where messages are of something else."""

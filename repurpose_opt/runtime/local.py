@@ -6,6 +6,7 @@ its exchange, which sees (places, samples · positions).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,44 +18,74 @@ from torch.nn import functional
 
 from repurpose_opt.runtime import steps
 from repurpose_opt.runtime.coded import Conv, Product, convolve
-from repurpose_opt.runtime.exchange import ExchangeStep, Send
+from repurpose_opt.runtime.exchange import ExchangeStep
 from repurpose_opt.runtime.graph import INPUT, Graph, Step
 from repurpose_opt.runtime.layer import Indices, PlannedLayer
 from repurpose_opt.runtime.modules import Role, is_depthwise, role_of
 from repurpose_opt.runtime.splits import Split
 from repurpose_opt.runtime.storage import Tensors, of_step
+from repurpose_opt.runtime.transport import Start
+from repurpose_opt.runtime.wire import Wire
 
 Compute = Callable[..., torch.Tensor]
 """Of local tensors."""
 
 
 class LocalStep(Protocol):
-    """A step on one worker: its only input's exchange, if it has one, then what the worker computes."""
+    """A step that a worker does without the others."""
 
-    @property
-    def exchange(self) -> ExchangeStep | None: ...
+    def run(self, values: Sequence[Any], samples: int) -> Any: ...
 
-    def run(self, values: Sequence[Any], samples: int, send: Send) -> Any: ...
+
+class ExchangingStep(ABC):
+    """A step before which workers exchange what they hold of its only input.
+
+    What is computed of values held here goes on while those of others are under way.
+    """
+
+    exchange: ExchangeStep
+
+    def run(self, value: torch.Tensor, samples: int, start: Start) -> torch.Tensor:
+        offered = self.offered(value)
+        self.exchange.begin(offered, start)
+        own = self.own_part(value, offered, samples)
+        return self.completed(own, offered, self.exchange.end(offered.shape[1]), samples)
+
+    @abstractmethod
+    def offered(self, value: torch.Tensor) -> torch.Tensor:
+        """(held, samples · positions) out of which messages are made."""
+
+    @abstractmethod
+    def own_part(self, value: torch.Tensor, offered: torch.Tensor, samples: int) -> torch.Tensor:
+        """What can be computed of the output before anything arrives."""
+
+    @abstractmethod
+    def completed(self, own: torch.Tensor, offered: torch.Tensor, received: torch.Tensor, samples: int) -> torch.Tensor:
+        """The output, with the numbers received (numbers, samples · positions). May overwrite `own`."""
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
     """The steps of a plan on one worker."""
 
-    steps: tuple[tuple[Step, LocalStep], ...]
+    steps: tuple[tuple[Step, LocalStep | ExchangingStep], ...]
     last_readers: Mapping[str, str]
 
     @property
     def exchanges(self) -> tuple[ExchangeStep, ...]:
         """In the order in which they take place, those in which nothing is sent included."""
-        return tuple(local.exchange for _, local in self.steps if local.exchange is not None)
+        return tuple(local.exchange for _, local in self.steps if isinstance(local, ExchangingStep))
 
-    def run(self, value: torch.Tensor, samples: int, send: Send) -> torch.Tensor:
+    def run(self, value: torch.Tensor, samples: int, start: Start) -> torch.Tensor:
         """From the part of the input that the worker holds to its part of the output."""
         values: dict[str, Any] = {INPUT: value}
         output: Any = value
         for step, local in self.steps:
-            output = local.run([values[name] for name in step.inputs], samples, send)
+            inputs = [values[name] for name in step.inputs]
+            if isinstance(local, ExchangingStep):
+                output = local.run(inputs[0], samples, start)
+            else:
+                output = local.run(inputs, samples)
             values[step.name] = output
             for name in set(step.inputs):
                 if self.last_readers[name] == step.name:
@@ -73,38 +104,46 @@ class UnitStep:
     """Of the output."""
     dtype: torch.dtype
     compute: Compute
-    exchange: None = None
 
-    def run(self, values: Sequence[torch.Tensor], samples: int, send: Send) -> torch.Tensor:
+    def run(self, values: Sequence[torch.Tensor], samples: int) -> torch.Tensor:
         if self.held == 0 or samples == 0:
             return torch.empty((self.held, samples, *self.positions), dtype=self.dtype)
         return self.compute(*values)
 
 
 @dataclass(frozen=True, eq=False)
-class LinearStep:
-    """Exchange, multiply."""
+class LinearStep(ExchangingStep):
+    """A product, of held values and of received numbers."""
 
     exchange: ExchangeStep
-    weight: torch.Tensor
-    """(rows, columns), decoders of received numbers included."""
+    held: torch.Tensor
+    """(rows, values held)"""
+    received: torch.Tensor
+    """(rows, numbers received): weights of values, decoders of numbers of codes."""
     bias: torch.Tensor
     """(rows, 1)"""
     positions: tuple[int, ...]
 
-    def run(self, values: Sequence[torch.Tensor], samples: int, send: Send) -> torch.Tensor:
-        inputs = self.exchange.run(values[0].flatten(1), send)
-        outputs = torch.addmm(self.bias, self.weight, inputs)
-        return outputs.view(len(outputs), samples, *self.positions) if self.positions else outputs
+    def offered(self, value: torch.Tensor) -> torch.Tensor:
+        return value.flatten(1)
+
+    def own_part(self, value: torch.Tensor, offered: torch.Tensor, samples: int) -> torch.Tensor:
+        return torch.addmm(self.bias, self.held, offered)
+
+    def completed(self, own: torch.Tensor, offered: torch.Tensor, received: torch.Tensor, samples: int) -> torch.Tensor:
+        output = own.addmm_(self.received, received) if len(received) else own
+        return output.view(len(output), samples, *self.positions)
 
 
 @dataclass(frozen=True, eq=False)
-class ConvStep:
-    """Exchange, convolve."""
+class ConvStep(ExchangingStep):
+    """A convolution, of held channels and of received maps."""
 
     exchange: ExchangeStep
-    weight: torch.Tensor
-    """(rows, columns, …), decoders of received maps included."""
+    held: torch.Tensor
+    """(rows, channels held, …)"""
+    received: torch.Tensor
+    """(rows, maps received, …)"""
     bias: torch.Tensor
     """(rows,)"""
     like: Conv
@@ -113,17 +152,29 @@ class ConvStep:
     positions: tuple[int, ...]
     """Of the output."""
 
-    def run(self, values: Sequence[torch.Tensor], samples: int, send: Send) -> torch.Tensor:
-        inputs = self.exchange.run(values[0].flatten(1), send)
-        if 0 in self.weight.shape or samples == 0:
+    def offered(self, value: torch.Tensor) -> torch.Tensor:
+        return value.flatten(1)
+
+    def own_part(self, value: torch.Tensor, offered: torch.Tensor, samples: int) -> torch.Tensor:
+        if 0 in self.held.shape or samples == 0:
             ones = (1,) * (1 + len(self.positions))
             return self.bias.view(-1, *ones).expand(-1, samples, *self.positions)
+        return self._convolved(offered, self.held, self.bias, samples)
+
+    def completed(self, own: torch.Tensor, offered: torch.Tensor, received: torch.Tensor, samples: int) -> torch.Tensor:
+        if 0 in self.received.shape or samples == 0:
+            return own
+        return own + self._convolved(received, self.received, None, samples)
+
+    def _convolved(
+        self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, samples: int
+    ) -> torch.Tensor:
         maps = inputs.view(len(inputs), samples, *self.read).transpose(0, 1)
-        return convolve(maps, self.weight, self.bias, self.like).transpose(0, 1)
+        return convolve(maps, weight, bias, self.like).transpose(0, 1)
 
 
 @dataclass(frozen=True, eq=False)
-class NormStep:
+class NormStep(ExchangingStep):
     """Mean and variance over all features, from those of every worker's part.
 
     With n_k, mean_k and M_k, the sum of squares around it, of each worker: mean = Σ n_k mean_k / n and M = Σ M_k +
@@ -139,16 +190,21 @@ class NormStep:
     bias: torch.Tensor | None
     held: int
 
-    def run(self, values: Sequence[torch.Tensor], samples: int, send: Send) -> torch.Tensor:
-        value = values[0].flatten(1)
-        statistics = value.new_zeros(2, value.shape[1])
+    def offered(self, value: torch.Tensor) -> torch.Tensor:
+        features = value.flatten(1)
+        statistics = features.new_zeros(2, features.shape[1])
         if self.held:
-            torch.mean(value, 0, out=statistics[0])
-            torch.sum((value - statistics[0]).square_(), 0, out=statistics[1])
-        if self.exchange.is_needed:
-            statistics = self.exchange.run(statistics, send)
+            torch.mean(features, 0, out=statistics[0])
+            torch.sum((features - statistics[0]).square_(), 0, out=statistics[1])
+        return statistics
+
+    def own_part(self, value: torch.Tensor, offered: torch.Tensor, samples: int) -> torch.Tensor:
+        return value
+
+    def completed(self, own: torch.Tensor, offered: torch.Tensor, received: torch.Tensor, samples: int) -> torch.Tensor:
         if self.held == 0:
-            return torch.empty_like(values[0])
+            return own
+        value, statistics = own.flatten(1), torch.cat([offered, received])
         means, squares = statistics[0::2], statistics[1::2]
         mean = (self.counts * means).sum(0) / self.counts.sum()
         variance = (squares + self.counts * (means - mean).square()).sum(0) / self.counts.sum()
@@ -157,20 +213,26 @@ class NormStep:
             output = output * self.weight
         if self.bias is not None:
             output = output + self.bias
-        return output.view(values[0].shape)
+        return output.view(own.shape)
 
 
 @dataclass(frozen=True, eq=False)
-class GatherStep:
+class GatherStep(ExchangingStep):
     """Everything on one worker, in order; nothing elsewhere."""
 
     exchange: ExchangeStep
     order: torch.Tensor
     """(n,) where each value stands among held and received ones; (0,) on the other workers."""
 
-    def run(self, values: Sequence[torch.Tensor], samples: int, send: Send) -> torch.Tensor:
-        gathered = self.exchange.run(values[0].flatten(1), send)
-        return gathered.index_select(0, self.order).view(len(self.order), *values[0].shape[1:])
+    def offered(self, value: torch.Tensor) -> torch.Tensor:
+        return value.flatten(1)
+
+    def own_part(self, value: torch.Tensor, offered: torch.Tensor, samples: int) -> torch.Tensor:
+        return value
+
+    def completed(self, own: torch.Tensor, offered: torch.Tensor, received: torch.Tensor, samples: int) -> torch.Tensor:
+        gathered = torch.cat([offered, received]).index_select(0, self.order)
+        return gathered.view(len(self.order), *own.shape[1:])
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,9 +246,8 @@ class CentralStep:
     output: Split
     is_here: bool
     dtype: torch.dtype
-    exchange: None = None
 
-    def run(self, values: Sequence[Any], samples: int, send: Send) -> Any:
+    def run(self, values: Sequence[Any], samples: int) -> Any:
         if not self.is_here:
             return torch.empty((0, samples, *self.output.positions), dtype=self.dtype)
         whole = tuple(whole_tensor(value, split) for value, split in zip(values, self.inputs, strict=True))
@@ -216,46 +277,62 @@ def part_of(
     tensors: Tensors,
     batch_size: int,
     dtype: torch.dtype,
+    wire: Wire | None = None,
 ) -> Part:
-    """The steps of one worker, with its own tensors; the parameters of the graph's modules are not read."""
+    """The steps of one worker, with its own tensors; the parameters of the graph's modules are not read.
+
+    `wire` is how messages are written; None: as numbers of `dtype`.
+    """
     by_name = {layer.name: layer for layer in layers}
-    built: list[tuple[Step, LocalStep]] = []
+    built: list[tuple[Step, LocalStep | ExchangingStep]] = []
     for step in graph.steps:
-        module, own, layer = graph.module(step.name), of_step(tensors, step.name), by_name.get(step.name)
+        module, own = graph.module(step.name), of_step(tensors, step.name)
         inputs, output = tuple(splits[name] for name in step.inputs), splits[step.name]
-        built.append((step, _local(module, layer, inputs, output, worker, own, batch_size, dtype)))
+        if role_of(module) in _ALONE:
+            built.append((step, _alone(module, inputs, output, worker, own, dtype)))
+        else:
+            layer = by_name[step.name]
+            exchange = ExchangeStep(layer, worker, batch_size, dtype, own.get("encoder"), wire)
+            built.append((step, _exchanging(exchange, module, layer, inputs[0], output, worker, own, dtype)))
     return Part(tuple(built), graph.last_readers)
 
 
-def _local(
+_ALONE = (Role.CENTRAL, Role.UNIT, Role.STRUCTURE, Role.SOURCE)
+
+
+def _alone(
+    module: nn.Module, inputs: tuple[Split, ...], output: Split, worker: int, tensors: Tensors, dtype: torch.dtype
+) -> LocalStep:
+    held = len(output.held(worker))
+    if role_of(module) is Role.CENTRAL:
+        return CentralStep(module, tensors, inputs, output, held > 0, dtype)
+    return UnitStep(held, output.positions, dtype, _compute(module, inputs, output, worker, tensors))
+
+
+def _exchanging(
+    exchange: ExchangeStep,
     module: nn.Module,
-    layer: PlannedLayer | None,
-    inputs: tuple[Split, ...],
+    layer: PlannedLayer,
+    read: Split,
     output: Split,
     worker: int,
     tensors: Tensors,
-    batch_size: int,
     dtype: torch.dtype,
-) -> LocalStep:
-    role, held = role_of(module), output.held(worker)
-    if role is Role.CENTRAL:
-        return CentralStep(module, tensors, inputs, output, len(held) > 0, dtype)
-    if role in (Role.UNIT, Role.STRUCTURE, Role.SOURCE):
-        compute = _compute(module, inputs, output, worker, tensors)
-        return UnitStep(len(held), output.positions, dtype, compute)
-    assert layer is not None
-    exchange = ExchangeStep(layer, worker, batch_size, dtype, tensors.get("encoder"))
-    if role is Role.GATHER:
-        order = np.argsort(layer.columns(worker)) if len(held) else np.zeros(0, dtype=np.int64)
+) -> ExchangingStep:
+    if role_of(module) is Role.GATHER:
+        order = np.argsort(layer.columns(worker)) if len(output.held(worker)) else np.zeros(0, dtype=np.int64)
         return GatherStep(exchange, torch.from_numpy(order))
     if isinstance(module, nn.LayerNorm):
         return _norm(exchange, module, layer, worker, tensors, dtype)
     assert isinstance(module, Product)
     weight = tensors["weight"]
     bias = tensors.get("bias", torch.zeros(len(weight), dtype=dtype))
+    n_held = len(layer.held(worker))
+    # Contiguous on their own, as every product would copy them otherwise.
+    held, received = weight[:, :n_held].contiguous(), weight[:, n_held:].contiguous()
     if isinstance(module, Conv):
-        return ConvStep(exchange, weight, bias, module, inputs[0].positions, output.positions)
-    return LinearStep(exchange, weight, bias[:, None], output.positions)
+        return ConvStep(exchange, held, received, bias, module, read.positions, output.positions)
+    return LinearStep(exchange, held, received, bias[:, None], output.positions)
 
 
 def _norm(

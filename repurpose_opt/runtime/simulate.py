@@ -20,6 +20,8 @@ from repurpose_opt.runtime.local import Part, part_of, whole_tensor
 from repurpose_opt.runtime.manifest import DTYPES
 from repurpose_opt.runtime.plan import Plan
 from repurpose_opt.runtime.storage import tensor_key
+from repurpose_opt.runtime.transport import Wait
+from repurpose_opt.runtime.wire import wire_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,20 +34,22 @@ class Simulation:
     """(P, P) counted from the tensors that worker p (row) handed over for worker k (column)."""
 
 
-def run_in_process(plan: Plan, inputs: NDArray[Any], *, batch_size: int = 256) -> NDArray[Any]:
+def run_in_process(plan: Plan, inputs: NDArray[Any], *, batch_size: int = 256, wire: str | None = None) -> NDArray[Any]:
     """The outputs (samples, …) of P workers that exchange values by copying them; see `simulate`."""
-    return simulate(plan, inputs, batch_size=batch_size).outputs
+    return simulate(plan, inputs, batch_size=batch_size, wire=wire).outputs
 
 
-def simulate(plan: Plan, inputs: NDArray[Any], *, batch_size: int = 256) -> Simulation:
+def simulate(plan: Plan, inputs: NDArray[Any], *, batch_size: int = 256, wire: str | None = None) -> Simulation:
     """Run a plan as its workers do, a thread for each, which has nothing but the worker's part of model and input.
 
-    Raises RepurposeError where the inputs, (samples, *input_shape), are none that the plan can take.
+    `wire` is one of `wire.WIRES`; None: messages are of the plan's dtype. Raises RepurposeError where the inputs,
+    (samples, *input_shape), are none that the plan can take.
     """
     if batch_size < 1:
         raise InvalidArgument("batch_size", batch_size, "a whole number ≥ 1")
     graph, splits, P = plan.graph, plan.splits, plan.n_workers
     dtype = plan.manifest().dtype
+    written = wire_of(wire, DTYPES[dtype])
     array = checked_inputs("inputs", np.asarray(inputs), graph, plan.input_shape)
     readers = [reader_of(graph, splits[INPUT], worker, dtype) for worker in range(P)]
     parts = []
@@ -53,7 +57,7 @@ def simulate(plan: Plan, inputs: NDArray[Any], *, batch_size: int = 256) -> Simu
         reader.check("inputs", array)
         sub_model = plan.sub_model(worker)
         tensors = {tensor_key(part.name, key): tensor for part in sub_model for key, tensor in part.tensors.items()}
-        parts.append(part_of(graph, plan.layers, splits, worker, tensors, batch_size, DTYPES[dtype]))
+        parts.append(part_of(graph, plan.layers, splits, worker, tensors, batch_size, DTYPES[dtype], written))
     output = splits[graph.steps[-1].name]
     batches = []
     for start in range(0, max(len(array), 1), batch_size):
@@ -73,12 +77,12 @@ def run_together(parts: Sequence[Part], values: Sequence[torch.Tensor], samples:
     post = _Post(len(parts))
 
     def work(worker: int) -> torch.Tensor:
-        def send(received: torch.Tensor, sent: torch.Tensor, _: list[int], counts: list[int]) -> None:
-            post.exchange(worker, received, sent, counts)
+        def start(received: torch.Tensor, sent: torch.Tensor, _: list[int], counts: list[int], __: bool) -> Wait:
+            return post.start(worker, received, sent, counts)
 
         try:
             with torch.inference_mode():
-                return parts[worker].run(values[worker], samples, send)
+                return parts[worker].run(values[worker], samples, start)
         except BaseException:
             post.barrier.abort()
             raise
@@ -100,9 +104,13 @@ class _Post:
         self.barrier = threading.Barrier(n_workers)
         self._sent: list[tuple[torch.Tensor, ...]] = [()] * n_workers
 
-    def exchange(self, worker: int, received: torch.Tensor, sent: torch.Tensor, counts: list[int]) -> None:
-        """As `group.all_to_all` does."""
+    def start(self, worker: int, received: torch.Tensor, sent: torch.Tensor, counts: list[int]) -> Wait:
+        """As `transport.start` does. Every worker comes to every exchange in which any of them sends."""
         self._sent[worker] = sent.split(counts)
-        self.barrier.wait()
-        torch.cat([parts[worker] for parts in self._sent], out=received)
-        self.barrier.wait()
+
+        def wait() -> None:
+            self.barrier.wait()
+            torch.cat([parts[worker] for parts in self._sent], out=received)
+            self.barrier.wait()
+
+        return wait

@@ -32,6 +32,7 @@ from repurpose_opt.runtime.local import Part, part_of
 from repurpose_opt.runtime.manifest import DTYPES, Manifest
 from repurpose_opt.runtime.splits import Split
 from repurpose_opt.runtime.storage import Tensors, read_manifest, read_worker
+from repurpose_opt.runtime.transport import start as start_exchange
 
 ERROR_PREFIX = "repurpose-opt worker: error: "
 
@@ -152,7 +153,7 @@ def compute(job: Job) -> tuple[NDArray[Any], float]:
     for start in range(0, samples, job.batch_size):
         batch = slice(start, min(start + job.batch_size, samples))
         values = job.reader.read(job.inputs, batch)
-        outputs[:, batch] = job.part.run(values, batch.stop - batch.start, group.all_to_all).numpy()
+        outputs[:, batch] = job.part.run(values, batch.stop - batch.start, start_exchange).numpy()
     group.barrier()
     return outputs, time.perf_counter() - started
 

@@ -1,0 +1,50 @@
+"""An exchange over torch.distributed that goes on while the worker computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+
+from repurpose_opt.runtime.group import contact
+
+Wait = Callable[[], None]
+"""Returns when everything has arrived and everything sent may be overwritten."""
+Start = Callable[[torch.Tensor, torch.Tensor, list[int], list[int], bool], Wait]
+"""(received, sent, rows received from each worker, rows sent to each worker, every pair sends): begins to fill
+`received`; both tensors are left alone until the wait is over."""
+
+PURPOSE = "exchange values"
+
+
+def start(
+    received: torch.Tensor, sent: torch.Tensor, received_counts: list[int], sent_counts: list[int], every_pair: bool
+) -> Wait:
+    """One call where every worker sends something to every other one, else a call for each worker's own peers.
+
+    gloo's all-to-all sends an empty message to a peer that is sent nothing, and waits for it.
+    """
+    with contact(PURPOSE):
+        if every_pair:
+            works = [dist.all_to_all_single(received, sent, received_counts, sent_counts, async_op=True)]
+        else:
+            works = _to_peers(received, sent, received_counts, sent_counts)
+
+    def wait() -> None:
+        with contact(PURPOSE):
+            for work in works:
+                assert work is not None
+                work.wait()
+
+    return wait
+
+
+def _to_peers(
+    received: torch.Tensor, sent: torch.Tensor, received_counts: Sequence[int], sent_counts: Sequence[int]
+) -> list[dist.Work | None]:
+    # gloo ends a send only when its receive is posted: receives go first, so that no two workers wait for each other.
+    sources = zip(received.split(list(received_counts)), range(len(received_counts)), strict=True)
+    targets = zip(sent.split(list(sent_counts)), range(len(sent_counts)), strict=True)
+    receives = [dist.irecv(rows, source) for rows, source in sources if len(rows)]
+    return receives + [dist.isend(rows, target) for rows, target in targets if len(rows)]
