@@ -31,6 +31,7 @@ EXPERIMENTS = {
     "pruning": "repurpose_opt_benchmarks.pruning",
     "radix": "repurpose_opt_benchmarks.radix",
     "sentences": "repurpose_opt_benchmarks.minilm_network",
+    "sparse-weights": "repurpose_opt_benchmarks.sparse_weights",
     "strips": "repurpose_opt_benchmarks.strips",
     "transport": "repurpose_opt_benchmarks.transport",
 }

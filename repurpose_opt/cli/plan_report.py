@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from repurpose_opt.formulation import Volume
     from repurpose_opt.runtime.plan import Plan
 
+BATCH_SIZE = 256
+"""Samples at once for which memory in use is stated."""
+
 
 def figures_of(
     plan: Plan, formulation: Volume, seconds: Mapping[int, float], judged: Mapping[str, Any] | None
@@ -40,10 +43,10 @@ def figures_of(
 
 
 def _per_worker(plan: Plan) -> list[dict[str, int]]:
-    """Neurons, work, traffic a sample and bytes of weights of each worker."""
+    """Neurons, work, traffic a sample and bytes of memory of each worker."""
     products = [layer for layer in plan.layers if layer.weight_macs > 0]
     neurons = np.sum([np.bincount(layer.owner, minlength=plan.n_workers) for layer in products], axis=0)
-    traffic, macs = plan.traffic(), plan.worker_macs()
+    traffic, macs, memory = plan.traffic(), plan.worker_macs(), plan.memory(BATCH_SIZE)
     return [
         {
             "worker": worker,
@@ -51,7 +54,8 @@ def _per_worker(plan: Plan) -> list[dict[str, int]]:
             "macs": int(macs[worker]),
             "bytes_sent": int(traffic[worker].sum()),
             "bytes_received": int(traffic[:, worker].sum()),
-            "memory": sum(step.nbytes for step in plan.sub_model(worker)),
+            "memory": memory[worker].weights,
+            "memory_in_use": memory[worker].total,
         }
         for worker in range(plan.n_workers)
     ]
@@ -117,8 +121,8 @@ def _rounds_table(rounds: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _workers_table(workers: Sequence[Mapping[str, int]]) -> str:
-    head = ("worker", "neurons", "MACs", "bytes sent", "bytes received", "bytes of weights")
-    names = ("neurons", "macs", "bytes_sent", "bytes_received", "memory")
+    head = ("worker", "neurons", "MACs", "bytes sent", "bytes received", "bytes of weights", f"in use at {BATCH_SIZE}")
+    names = ("neurons", "macs", "bytes_sent", "bytes_received", "memory", "memory_in_use")
     shown = [(str(worker["worker"]), *(f"{worker[name]:,}" for name in names)) for worker in workers]
     return aligned([head, *shown])
 

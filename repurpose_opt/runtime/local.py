@@ -113,7 +113,7 @@ class UnitStep:
 
 @dataclass(frozen=True, eq=False)
 class LinearStep(ExchangingStep):
-    """A product, of held values and of received numbers."""
+    """A product, of held values and of received numbers. Either weight may be in compressed rows (CSR)."""
 
     exchange: ExchangeStep
     held: torch.Tensor
@@ -128,10 +128,16 @@ class LinearStep(ExchangingStep):
         return value.flatten(1)
 
     def own_part(self, value: torch.Tensor, offered: torch.Tensor, samples: int) -> torch.Tensor:
+        if self.held.layout is torch.sparse_csr:
+            return torch.mm(self.held, offered).add_(self.bias)
         return torch.addmm(self.bias, self.held, offered)
 
     def completed(self, own: torch.Tensor, offered: torch.Tensor, received: torch.Tensor, samples: int) -> torch.Tensor:
-        output = own.addmm_(self.received, received) if len(received) else own
+        output = own
+        if self.received.layout is torch.sparse_csr:
+            output = own.add_(torch.mm(self.received, received))
+        elif len(received):
+            output = own.addmm_(self.received, received)
         return output.view(len(output), samples, *self.positions)
 
 

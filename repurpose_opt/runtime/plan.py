@@ -17,11 +17,13 @@ from repurpose_opt.runtime.coded import Product, effective_weight
 from repurpose_opt.runtime.graph import Graph
 from repurpose_opt.runtime.layer import Indices, PlannedCode, PlannedLayer, PlannedStatistics
 from repurpose_opt.runtime.manifest import DTYPES, Manifest, StepSpec
+from repurpose_opt.runtime.memory import Memory, activation_bytes, message_bytes
 from repurpose_opt.runtime.modules import Role, materialised, role_of, to_spec
 from repurpose_opt.runtime.parts import SubStep, check_support, cut, fill
 from repurpose_opt.runtime.splits import Split, splits_of
 from repurpose_opt.runtime.steps import Opaque
 from repurpose_opt.runtime.storage import of_step, read_manifest, read_worker, tensor_key, write_folder
+from repurpose_opt.runtime.wire import wire_of
 
 __all__ = ["Plan", "PlannedCode", "PlannedLayer", "PlannedStatistics", "SubStep"]
 
@@ -105,6 +107,19 @@ class Plan:
             cut(name, module, layers.get(name), self.splits[name], worker)
             for name, module in modules.items()
             if name in layers or any(True for _ in module.parameters())
+        )
+
+    def memory(self, batch_size: int = 256, wire: str | None = None) -> tuple[Memory, ...]:
+        """What each worker needs to answer batches of so many samples; `wire` as in `run_plan`."""
+        dtype = DTYPES[self._dtype()]
+        written = wire_of(wire, dtype)
+        return tuple(
+            Memory(
+                weights=sum(step.nbytes for step in self.sub_model(worker)),
+                messages=message_bytes(self.layers, worker, batch_size, dtype, written),
+                activations=activation_bytes(self.graph, self.splits, worker, batch_size, dtype),
+            )
+            for worker in range(self.n_workers)
         )
 
     @cached_property

@@ -19,6 +19,7 @@ from repurpose_opt.runtime.layer import Indices
 from repurpose_opt.runtime.local import Part, part_of, whole_tensor
 from repurpose_opt.runtime.manifest import DTYPES
 from repurpose_opt.runtime.plan import Plan
+from repurpose_opt.runtime.sparse import sparse_where_faster
 from repurpose_opt.runtime.storage import tensor_key
 from repurpose_opt.runtime.transport import Wait
 from repurpose_opt.runtime.wire import wire_of
@@ -57,7 +58,8 @@ def simulate(plan: Plan, inputs: NDArray[Any], *, batch_size: int = 256, wire: s
         reader.check("inputs", array)
         sub_model = plan.sub_model(worker)
         tensors = {tensor_key(part.name, key): tensor for part in sub_model for key, tensor in part.tensors.items()}
-        parts.append(part_of(graph, plan.layers, splits, worker, tensors, batch_size, DTYPES[dtype], written))
+        part = part_of(graph, plan.layers, splits, worker, tensors, batch_size, DTYPES[dtype], written)
+        parts.append(sparse_where_faster(part, batch_size))
     output = splits[graph.steps[-1].name]
     batches = []
     for start in range(0, max(len(array), 1), batch_size):

@@ -49,7 +49,7 @@ class Wire:
         if self.scale_elements == 0:
             numbers.copy_(message)
             return
-        scale = message[:, : self.scale_elements].contiguous().view(torch.float32)
+        scale = message[:, : self.scale_elements].reshape(-1).view(torch.float32)[:, None]
         torch.mul(message[:, self.scale_elements :], scale, out=numbers)
 
 

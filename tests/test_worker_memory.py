@@ -1,0 +1,62 @@
+"""What a worker needs of memory, and weights that it keeps in compressed rows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from test_graph_plan import SAVED, built
+from test_plan import mlp, random_plan
+
+from repurpose_opt.runtime.local import LinearStep, part_of
+from repurpose_opt.runtime.memory import message_bytes
+from repurpose_opt.runtime.plan import Plan
+from repurpose_opt.runtime.simulate import simulate
+from repurpose_opt.runtime.sparse import sparse_where_faster
+from repurpose_opt.runtime.storage import tensor_key
+from repurpose_opt.runtime.wire import wire_of
+
+
+def part(plan: Plan, worker: int, batch_size: int, wire: str | None = None):
+    tensors = {tensor_key(step.name, key): t for step in plan.sub_model(worker) for key, t in step.tensors.items()}
+    written = wire_of(wire, torch.float32)
+    return part_of(plan.graph, plan.layers, plan.splits, worker, tensors, batch_size, torch.float32, written)
+
+
+@pytest.mark.parametrize("name", SAVED)
+@pytest.mark.parametrize("wire", [None, "int8", "float16"])
+def test_buffers_take_the_bytes_that_the_plan_says(name: str, wire: str | None) -> None:
+    _, plan = built(name)
+    for worker, memory in enumerate(plan.memory(5, wire)):
+        allocated = sum(exchange.nbytes for exchange in part(plan, worker, 5, wire).exchanges)
+        assert memory.messages == allocated
+        assert memory.messages == message_bytes(plan.layers, worker, 5, torch.float32, wire_of(wire, torch.float32))
+
+
+def test_memory_of_a_perceptron_counted_by_hand() -> None:
+    plan = random_plan(mlp([13, 11, 5]), 3)
+    first, second = plan.layers
+    for worker, memory in enumerate(plan.memory(7)):
+        widths = [len(first.held(worker)), len(first.rows(worker)), len(second.rows(worker))]
+        weights = [len(layer.rows(worker)) * (len(layer.columns(worker)) + 1) for layer in plan.layers]
+        assert memory.weights == 4 * sum(weights)
+        # Input and hidden layer, hidden layer before and after its activation, hidden layer and output.
+        assert memory.activations == 4 * 7 * max(widths[0] + widths[1], 2 * widths[1], widths[1] + widths[2])
+        assert memory.total == memory.weights + memory.messages + memory.activations
+
+
+@pytest.mark.parametrize(("samples", "share", "compact"), [(300, 0.05, True), (300, 0.3, False), (1, 0.05, False)])
+def test_few_nonzeros_are_kept_in_compressed_rows_and_answer_alike(samples: int, share: float, compact: bool) -> None:
+    plan = random_plan(mlp([600, 600, 10]), 2)
+    rng = np.random.default_rng(0)
+    with torch.no_grad():
+        for layer in plan.layers:
+            weight = plan.product(layer).weight
+            weight.mul_(torch.from_numpy(rng.random(tuple(weight.shape)) < share))
+    own = part(plan, 0, samples)
+    steps = [step for _, step in sparse_where_faster(own, samples).steps if isinstance(step, LinearStep)]
+    assert [step.held.layout is torch.sparse_csr for step in steps] == [compact, False]
+    inputs = rng.normal(size=(samples, 600)).astype(np.float32)
+    with torch.no_grad():
+        expected = plan.model(torch.from_numpy(inputs)).numpy()
+    np.testing.assert_allclose(simulate(plan, inputs, batch_size=samples).outputs, expected, atol=1e-5)
