@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
-from test_graph_plan import SAVED, built
+from test_graph_plan import SAVED, built, inputs_of
 from test_plan import mlp, random_plan
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from repurpose_opt.runtime.local import LinearStep, part_of
+from repurpose_opt.runtime.graph import INPUT
+from repurpose_opt.runtime.inputs import checked_inputs, reader_of
+from repurpose_opt.runtime.local import LinearStep, Part, part_of
 from repurpose_opt.runtime.memory import message_bytes
 from repurpose_opt.runtime.plan import Plan
 from repurpose_opt.runtime.simulate import simulate
@@ -17,8 +23,13 @@ from repurpose_opt.runtime.storage import tensor_key
 from repurpose_opt.runtime.wire import wire_of
 
 
-def part(plan: Plan, worker: int, batch_size: int, wire: str | None = None):
-    tensors = {tensor_key(step.name, key): t for step in plan.sub_model(worker) for key, t in step.tensors.items()}
+def part(plan: Plan, worker: int, batch_size: int, wire: str | None = None) -> Part:
+    device = torch.get_default_device()
+    tensors = {
+        tensor_key(step.name, key): tensor.to(device)
+        for step in plan.sub_model(worker)
+        for key, tensor in step.tensors.items()
+    }
     written = wire_of(wire, torch.float32)
     return part_of(plan.graph, plan.layers, plan.splits, worker, tensors, batch_size, torch.float32, written)
 
@@ -60,3 +71,32 @@ def test_few_nonzeros_are_kept_in_compressed_rows_and_answer_alike(samples: int,
     with torch.no_grad():
         expected = plan.model(torch.from_numpy(inputs)).numpy()
     np.testing.assert_allclose(simulate(plan, inputs, batch_size=samples).outputs, expected, atol=1e-5)
+
+
+class OnlyMeta(TorchDispatchMode):
+    """Fails at an operation that meets a tensor of the processor."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in tree_leaves((args, kwargs)):
+            assert not isinstance(tensor, torch.Tensor) or tensor.device.type == "meta", function
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", SAVED)
+@pytest.mark.parametrize("wire", [None, "int8"])
+def test_a_part_makes_every_tensor_on_its_device(name: str, wire: str | None) -> None:
+    """Shown on PyTorch's device without memory."""
+    model, plan = built(name)
+    output = plan.splits[plan.graph.steps[-1].name]
+    inputs = checked_inputs("inputs", inputs_of(model, 4), plan.graph, plan.input_shape)
+    for worker in range(plan.n_workers):
+        value = reader_of(plan.graph, plan.splits[INPUT], worker, "float32").read(inputs, slice(None))
+        torch.set_default_device("meta")
+        try:
+            own = part(plan, worker, 4, wire)
+            with torch.no_grad(), OnlyMeta():
+                answer = own.run(value.to("meta"), 4, lambda *_: lambda: None)
+        finally:
+            torch.set_default_device(None)
+        assert answer.device.type == "meta"
+        assert answer.shape == (len(output.held(worker)), 4, *output.positions)

@@ -61,8 +61,8 @@ class ExchangeStep:
         self.bytes_sent: NDArray[np.int64] = np.zeros(P, dtype=np.int64)
         """(P,) counted so far from the tensors that were handed over."""
         self.messages_sent = 0
-        self.squared_error, self.squared_numbers = 0.0, 0.0
-        """Sums over all numbers sent so far of what the wire rounded off, and of the numbers."""
+        self.squares = torch.zeros(2, dtype=torch.float64)
+        """Sums over all numbers sent so far: of the squares of what the wire rounded off, and of the numbers'."""
         self._every_pair = len(layer.messages) == P * (P - 1)
         self._encoders = _encoders(layer, worker, encoder)
         self._sent = _Messages(sum(self.sent_counts), batch_size * layer.positions, dtype, self.wire)
@@ -105,8 +105,8 @@ class ExchangeStep:
     def _count_error(self, numbers: torch.Tensor, sent: torch.Tensor) -> None:
         arrives = torch.empty_like(numbers)
         self.wire.read(sent, arrives)
-        self.squared_error += float((arrives - numbers).square_().sum(dtype=torch.float64))
-        self.squared_numbers += float(numbers.square().sum(dtype=torch.float64))
+        self.squares[0] += (arrives - numbers).square_().sum(dtype=torch.float64)
+        self.squares[1] += numbers.square().sum(dtype=torch.float64)
 
 
 class _Messages:
@@ -162,10 +162,10 @@ def _encoders(layer: PlannedLayer, worker: int, encoder: torch.Tensor | None) ->
         if coded:
             numbers: Indices = np.concatenate([layer.code_numbers(worker, target) for target in members])
             assert encoder is not None
-            chosen = encoder[torch.from_numpy(np.searchsorted(encoded, numbers))]
+            chosen = encoder[torch.as_tensor(np.searchsorted(encoded, numbers))]
         else:
             values = np.concatenate([layer.message(worker, target) for target in members])
-            chosen = torch.from_numpy(np.searchsorted(held, values))
+            chosen = torch.as_tensor(np.searchsorted(held, values))
         encoders.append(Encoder(slice(start, start + len(chosen)), chosen))
         start += len(chosen)
     return encoders

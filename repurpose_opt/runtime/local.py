@@ -327,7 +327,7 @@ def _exchanging(
 ) -> ExchangingStep:
     if role_of(module) is Role.GATHER:
         order = np.argsort(layer.columns(worker)) if len(output.held(worker)) else np.zeros(0, dtype=np.int64)
-        return GatherStep(exchange, torch.from_numpy(order))
+        return GatherStep(exchange, torch.as_tensor(order))
     if isinstance(module, nn.LayerNorm):
         return _norm(exchange, module, layer, worker, tensors, dtype)
     assert isinstance(module, Product)
@@ -346,7 +346,7 @@ def _norm(
 ) -> NormStep:
     counts = np.bincount(layer.owner, minlength=layer.n_workers)
     others = [k for k in np.flatnonzero(counts).tolist() if k != worker]
-    by_place = torch.from_numpy(counts[[worker, *others]]).to(dtype)[:, None]
+    by_place = torch.as_tensor(counts[[worker, *others]]).to(dtype)[:, None]
     weight, bias = (tensors[name][:, None] if name in tensors else None for name in ("weight", "bias"))
     return NormStep(exchange, by_place, module.eps, weight, bias, int(counts[worker]))
 
