@@ -35,7 +35,7 @@ ORDER = [
     {"cli", "__init__", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
-BESIDE = {("network", "runtime")}
+BESIDE = {("network", "runtime"), ("platform", "runtime")}
 """Exceptions: the first may import the second although neither comes before the other."""
 
 

@@ -16,6 +16,7 @@ EXPERIMENTS = {
     "codes": "repurpose_opt_benchmarks.codes",
     "codes-large": "repurpose_opt_benchmarks.codes_large",
     "codes-tiny": "repurpose_opt_benchmarks.codes_tiny",
+    "exchanges": "repurpose_opt_benchmarks.exchanges",
     "gaps": "repurpose_opt_benchmarks.gaps",
     "large": "repurpose_opt_benchmarks.large",
     "large-layer": "repurpose_opt_benchmarks.large_layer",
