@@ -14,6 +14,8 @@ from repurpose_opt.problem import Weight
 from repurpose_opt.registry import install_command
 
 _MATRIX_DIMENSIONS = (2, 4)
+_NOT_IN_NUMPY = ("BF16", "F8", "F4", "F6", "E8")
+"""Floats as safetensors calls them. A package that adds one to NumPy does not make NumPy compute with it."""
 
 
 def read_weight(path: Path, key: str | None = None) -> Weight:
@@ -85,10 +87,9 @@ def _safetensors(path: Path, key: str | None) -> Any:
         if key is None and len(names) > 1:
             key = _only_matrix((name, len(tensors.get_slice(name).get_shape())) for name in names)
         key = _known_key(key, names)
-        try:
+        stored = tensors.get_slice(key).get_dtype()
+        if not stored.startswith(_NOT_IN_NUMPY):
             return tensors.get_tensor(key)
-        except TypeError:  # NumPy has neither bfloat16 nor the 8-bit floats
-            stored = tensors.get_slice(key).get_dtype()
     try:
         import torch  # noqa: F401
     except ModuleNotFoundError:

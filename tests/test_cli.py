@@ -363,7 +363,10 @@ def test_safetensors(run: Run, weight: np.ndarray) -> None:
     assert "'c'" in failed(*run("solve", "two.safetensors", "--workers", 3, "--key", "c"))
 
 
-def test_bfloat16_safetensors(run: Run, weight: np.ndarray) -> None:
+@pytest.mark.parametrize("numpy_knows", [False, True])
+def test_bfloat16_safetensors(run: Run, weight: np.ndarray, numpy_knows: bool) -> None:
+    if numpy_knows:
+        pytest.importorskip("ml_dtypes", reason="adds bfloat16 to NumPy")
     torch = pytest.importorskip("torch")
     torch_files = pytest.importorskip("safetensors.torch")
     torch_files.save_file({"w": torch.from_numpy(weight).bfloat16()}, "half.safetensors")

@@ -1,4 +1,4 @@
-"""`export`: the same instance for other people's solvers."""
+"""`export`: a layer for other people's solvers, or a plan for other runtimes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from repurpose_opt.cli import export_plan
 from repurpose_opt.cli.instance import add_instance, check_file, formulation_of, problem_of, start_of
 from repurpose_opt.cli.text import add_verb, aligned, check_output
 from repurpose_opt.errors import InvalidArgument
@@ -22,6 +23,9 @@ from repurpose_opt.problem import LayerProblem
 _SUFFIXES = {"hgr": ".hgr", "metis": ".graph", "mps": ".mps"}
 
 _EPILOG = """\
+FILE is a layer's weight, or the folder of a plan, which `run` writes.
+
+formats of a layer:
 hgr    hypergraph in hMETIS's format, with weights of nets and vertices. Vertices: the neurons, in their order, then a
        terminal of weight 1 for each worker. FILE.hgr.fix has each vertex's block, or -1; FILE.hgr.targets the
        largest weight of each block. The connectivity metric (km1) is the priced volume where nothing may be lost,
@@ -44,23 +48,43 @@ what to run then, for four workers:
 and read the answer back, with the options that were given here:
   repurpose-opt solve layer.npz --workers 4 --formulation lossless --read-partition layer.graph.part.4 --rebalance
 
+formats of a plan:
+torch-export, onnx
+       a folder with the programs of each worker, one between every two exchanges, exchange.json, which says who sends
+       what to whom, and a README.md that tells how to write a runtime for them.
+
 examples:
   repurpose-opt export layer.npz --to hgr --workers 4 --formulation lossless --output layer.hgr
-  repurpose-opt export layer.npy --to mps --workers 2 --budget 0.1 --capacity 40,24"""
+  repurpose-opt export layer.npy --to mps --workers 2 --budget 0.1 --capacity 40,24
+  repurpose-opt export digits-plan --to onnx --output digits-onnx"""
 
 
 def add(verbs: Any) -> None:
-    verb = add_verb(verbs, "export", "write one layer for other people's solvers", epilog=_EPILOG)
-    add_instance(verb, start="placement at which a budget or max-nmse becomes a price, (neurons,) whole numbers")
-    verb.add_argument("--to", choices=tuple(_SUFFIXES), required=True, help="format; see below")
+    summary = "write one layer for other people's solvers, or a plan for other runtimes"
+    verb = add_verb(verbs, "export", summary, epilog=_EPILOG)
+    start = "placement at which a budget or max-nmse becomes a price, (neurons,) whole numbers"
+    add_instance(verb, start=start, is_optional=True)
+    verb.add_argument("--to", choices=(*_SUFFIXES, *export_plan.PROGRAMS), required=True, help="format; see below")
     output = verb.add_argument_group("output")
-    output.add_argument("--output", type=Path, metavar="PATH", help="default: FILE.hgr, FILE.graph or FILE.mps")
+    output.add_argument(
+        "--output",
+        type=Path,
+        metavar="PATH",
+        help="default: FILE.hgr, FILE.graph or FILE.mps; a plan's folder: required",
+    )
     output.add_argument("--json", action="store_true", help="print what was written as one JSON object")
     verb.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> int:
+    if args.file.is_dir():
+        return export_plan.run(args)
     check_file(args)
+    if args.to not in _SUFFIXES:
+        allowed = f"{', '.join(_SUFFIXES)}; a plan is a folder"
+        raise InvalidArgument("--to", f"{args.to} for {args.file}, a file", allowed)
+    if args.workers is None:
+        args.usage_error("the following arguments are required: --workers")
     formulation = formulation_of(args)
     output = args.output or args.file.with_name(args.file.name + _SUFFIXES[args.to])
     check_output(output, args)

@@ -33,15 +33,18 @@ _LIMITS = {"budget", "budget_bytes", "transfer_price", "max_nmse", "weight_price
 _OTHERS = {"communication", "messages", "mac_price"}
 
 
-def add_instance(verb: argparse.ArgumentParser, *, start: str) -> None:
-    """Adds the options that `problem_of`, `formulation_of` and `start_of` read; `start` is the help of --start."""
+def add_instance(verb: argparse.ArgumentParser, *, start: str, is_optional: bool = False) -> None:
+    """Adds the options that `problem_of`, `formulation_of` and `start_of` read; `start` is the help of --start.
+
+    `is_optional`: whether FILE may be something else, which needs no --workers.
+    """
     verb.add_argument(
         "file",
         type=Path,
         metavar="FILE",
         help="weight, (rows, columns) or a convolution's (m, n, kh, kw): .npy, .npz, .safetensors or .mtx",
     )
-    verb.add_argument("--workers", type=positive, required=True, metavar="P", help="number of workers")
+    verb.add_argument("--workers", type=positive, required=not is_optional, metavar="P", help="number of workers")
     verb.add_argument("--key", metavar="NAME", help="which array of a .npz or .safetensors file")
     _add_formulation(verb.add_argument_group("what is minimised"))
     _add_data(verb.add_argument_group("the layer's surroundings"), start)

@@ -64,7 +64,7 @@ class ExchangeStep:
         self.squares = torch.zeros(2, dtype=torch.float64)
         """Sums over all numbers sent so far: of the squares of what the wire rounded off, and of the numbers'."""
         self._every_pair = len(layer.messages) == P * (P - 1)
-        self._encoders = _encoders(layer, worker, encoder)
+        self.encoders = _encoders(layer, worker, encoder)
         self._sent = _Messages(sum(self.sent_counts), batch_size * layer.positions, dtype, self.wire)
         self._received = _Messages(sum(self.received_counts), batch_size * layer.positions, dtype, self.wire)
         self._wait: Wait | None = None
@@ -98,7 +98,7 @@ class ExchangeStep:
     def encode(self, values: torch.Tensor) -> torch.Tensor:
         """(held, samples) → (numbers sent, samples), ordered by target worker; valid until the next call."""
         buffer = self._sent.numbers(values.shape[1])
-        for encoder in self._encoders:
+        for encoder in self.encoders:
             encoder.encode(values, buffer)
         return buffer
 

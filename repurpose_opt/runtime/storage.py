@@ -6,7 +6,8 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -44,17 +45,23 @@ def write_folder(directory: Path, manifest: Manifest, tensors: Sequence[Mapping[
     directory = directory.resolve()
     _check_replaceable(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
-    new = directory.with_name(f".{directory.name}.{os.getpid()}.new")
-    old = directory.with_name(f".{directory.name}.{os.getpid()}.old")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir()
-    try:
+    with replaced(directory) as new:
         files = []
         for worker, named in enumerate(tensors):
             data = bytes_of({name: tensor.contiguous() for name, tensor in named.items()})
             worker_path(new, worker).write_bytes(data)
             files.append(WorkerFile(len(data), hashlib.sha256(data).hexdigest()))
         (new / MANIFEST).write_text(manifest.with_files(tuple(files)).to_json(), encoding="utf-8")
+
+
+@contextmanager
+def replaced(directory: Path) -> Iterator[Path]:
+    """A new folder that takes the place of `directory` at the end, or is deleted after an error."""
+    new, old = (directory.with_name(f".{directory.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    try:
+        yield new
         if directory.exists():
             directory.rename(old)
         new.rename(directory)
