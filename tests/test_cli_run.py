@@ -486,15 +486,18 @@ def stopped(made: Path, output: Path, signal_name: str, stopped_at: int) -> subp
     return subprocess.run(command, cwd=made, env=environment, timeout=120, capture_output=True, text=True)
 
 
-@pytest.fixture
-def whole(run: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+@pytest.fixture(scope="module")
+def whole(made: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The plan of the run without interruption."""
     output = tmp_path_factory.mktemp("whole") / "plan"
-    figures(run, *LONG, "--output", output)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(made)
+        patch.setattr(sys, "path", [str(made), *sys.path])
+        assert cli.main(["run", *LONG, "--output", str(output)]) == 0
     return content(output)
 
 
-@pytest.mark.parametrize("stopped_at", [2, 5])
+@pytest.mark.parametrize("stopped_at", [pytest.param(2, marks=pytest.mark.slow), 5])
 def test_the_same_command_goes_on_after_a_kill(
     stopped_at: int, whole: dict[str, bytes], run: Run, made: Path, tmp_path: Path
 ):

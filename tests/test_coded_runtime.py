@@ -1,4 +1,4 @@
-"""Plans with codes on six real processes over gloo, and the exchange step of one of them."""
+"""Plans with codes on four real processes over gloo, and the exchange step of one of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from repurpose_opt.runtime.launch import run_plan
 from repurpose_opt.runtime.plan import PlannedCode
 from repurpose_opt.runtime.transport import Wait
 
-P = 6
+P = 4
 SAMPLES = 23
 
 
@@ -45,7 +45,7 @@ def test_an_exchange_step_hands_over_the_encoded_numbers(kinds: str, batch: int)
         assert np.array_equal(steps[k].bytes_sent, layer.traffic()[k] * batch)
 
 
-def test_six_processes_answer_as_one_and_send_what_was_predicted(tmp_path: Path) -> None:
+def test_four_processes_answer_as_one_and_send_what_was_predicted(tmp_path: Path) -> None:
     """Codes; values, codes or nothing by pair; nothing at all; values."""
     plan, _ = coded_plan([61, 34, 25, 31, 10], P, ["c", "cv-", "-", "v"], seed=1)
     kinds = [{type(message) for message in layer.messages.values()} for layer in plan.layers]

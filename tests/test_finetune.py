@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_network import accuracy, answers, calibration, digits, linear, network, planned, same
+from test_network import accuracy, answers, calibration, digits, linear, network, quick_plan, same
 from torch import nn
 from torch.nn import functional
 
@@ -19,8 +19,8 @@ BUDGET = Volume(budget=0.1)
 
 
 def test_pruned_weights_stay_exactly_zero_and_the_rest_learns() -> None:
-    before = planned(BUDGET)
-    after = planned(BUDGET, finetune=FineTuning(steps=200))
+    before = quick_plan(BUDGET)
+    after = quick_plan(BUDGET, finetune=FineTuning(steps=200))
     for position in (0, 2, 4):
         old, new = linear(before.model, position), linear(after.model, position)
         assert (old.weight == 0).sum() > 0
@@ -35,15 +35,15 @@ def test_pruned_weights_stay_exactly_zero_and_the_rest_learns() -> None:
 
 def test_the_original_model_stays_as_it_was() -> None:
     weights = {name: value.clone() for name, value in network().state_dict().items()}
-    planned(BUDGET, finetune=FineTuning(steps=5, distillation=0.5))
+    quick_plan(BUDGET, finetune=FineTuning(steps=5, distillation=0.5))
     for name, value in network().state_dict().items():
         assert torch.equal(value, weights[name])
 
 
 def test_distillation_needs_no_labels_and_approaches_the_teacher() -> None:
     images, _ = calibration()
-    before = planned(BUDGET, data=images)
-    after = planned(BUDGET, data=images, finetune=FineTuning(steps=400, learning_rate=3e-3, distillation=1))
+    before = quick_plan(BUDGET, data=images)
+    after = quick_plan(BUDGET, data=images, finetune=FineTuning(steps=400, learning_rate=3e-3, distillation=1))
 
     def divergence(model: nn.Module) -> float:
         target = answers(network(), images).log_softmax(1)
@@ -56,7 +56,7 @@ def test_distillation_needs_no_labels_and_approaches_the_teacher() -> None:
 @pytest.mark.parametrize("distillation", [0, 0.5])
 def test_anything_but_distillation_needs_labels(distillation: float) -> None:
     with pytest.raises(InvalidArgument, match=r"data has none; allowed: \(inputs, labels\), or distillation=1"):
-        planned(BUDGET, data=calibration()[0], finetune=FineTuning(steps=5, distillation=distillation))
+        quick_plan(BUDGET, data=calibration()[0], finetune=FineTuning(steps=5, distillation=distillation))
 
 
 def with_dropout() -> nn.Sequential:
@@ -66,10 +66,10 @@ def with_dropout() -> nn.Sequential:
 
 def test_the_same_seed_trains_the_same_weights_with_dropout_too() -> None:
     tuning = FineTuning(steps=10, distillation=0.5)
-    first = planned(BUDGET, model=with_dropout(), finetune=tuning, seed=1)
+    first = quick_plan(BUDGET, model=with_dropout(), finetune=tuning, seed=1)
     torch.rand(1)
-    assert same(first, planned(BUDGET, model=with_dropout(), finetune=tuning, seed=1))
-    assert not same(first, planned(BUDGET, model=with_dropout(), finetune=tuning, seed=2))
+    assert same(first, quick_plan(BUDGET, model=with_dropout(), finetune=tuning, seed=1))
+    assert not same(first, quick_plan(BUDGET, model=with_dropout(), finetune=tuning, seed=2))
 
 
 def test_the_teacher_answers_in_evaluation_mode(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +82,7 @@ def test_the_teacher_answers_in_evaluation_mode(monkeypatch: pytest.MonkeyPatch)
         return forward(self, values)
 
     monkeypatch.setattr(nn.Dropout, "forward", watched)
-    planned(BUDGET, model=with_dropout(), finetune=FineTuning(steps=3, distillation=1))
+    quick_plan(BUDGET, model=with_dropout(), finetune=FineTuning(steps=3, distillation=1))
     in_training = [training for _, training in answered]
     assert in_training.count(True) == 3
     teaching = answered[answered.index((True, True)) :]
@@ -146,7 +146,7 @@ def test_wrong_settings_are_named(name: str, value: Any) -> None:
 def test_labels_of_any_whole_type_train() -> None:
     images, labels = digits()
     plans = [
-        planned(BUDGET, data=(images[:300], given), finetune=FineTuning(steps=3))
+        quick_plan(BUDGET, data=(images[:300], given), finetune=FineTuning(steps=3))
         for given in (labels[:300], labels[:300].numpy().astype(np.uint8), labels[:300].to(torch.int32))
     ]
     assert same(plans[0], plans[1])

@@ -40,7 +40,7 @@ def test_a_worker_needs_the_manifest_and_its_own_file_only(name: str, tmp_path: 
     assert np.abs(whole_tensor(whole, output).numpy() - expected(plan, inputs)).max() <= 1e-5
 
 
-@pytest.mark.parametrize("name", ["residual", "transformer on two", "coded"])
+@pytest.mark.parametrize("name", ["residual", "transformer on two", pytest.param("coded", marks=pytest.mark.slow)])
 def test_processes_answer_as_the_model_and_send_what_was_predicted(name: str, tmp_path: Path) -> None:
     model, plan = built(name)
     plan.save(tmp_path / "plan")

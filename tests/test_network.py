@@ -74,6 +74,11 @@ def planned(formulation: Any = None, n_workers: int = P, model: nn.Module | None
     return repurpose(model, torch.zeros(1, 64), n_workers, data=data, formulation=formulation, **arguments)
 
 
+def quick_plan(formulation: Volume, **arguments: Any) -> Plan:
+    """`planned` with a pruner of one pass, an eighth of the time: where it does not matter how transfers are chosen."""
+    return planned(formulation, pruner="group-omp", **arguments)
+
+
 def answers(model: nn.Module, images: torch.Tensor | None = None) -> torch.Tensor:
     with torch.no_grad():
         return model(digits()[0] if images is None else images)
@@ -95,9 +100,12 @@ def same(first: Plan, second: Plan) -> bool:
 # Budgets
 
 
-@pytest.mark.parametrize("budget", [0, 0.01, 0.05, 0.13, 0.4, 0.8, 1])
-def test_a_budget_is_hard(budget: float) -> None:
-    plan = planned(Volume(budget=budget))
+@pytest.mark.parametrize(
+    ("budget", "pruner"),
+    [(0.05, "auto"), *((budget, "group-omp") for budget in (0, 0.01, 0.13, 0.4, 0.8, 1))],
+)
+def test_a_budget_is_hard(budget: float, pruner: str) -> None:
+    plan = planned(Volume(budget=budget), pruner=pruner)
     assert plan.volume <= budget * plan.direct_volume
     if 0.05 <= budget <= 0.4:
         assert plan.volume >= 0.85 * budget * plan.direct_volume
@@ -105,7 +113,7 @@ def test_a_budget_is_hard(budget: float) -> None:
 
 @pytest.mark.parametrize("budget", [0, 3, 4, 40, 401, 10**6])
 def test_a_budget_in_bytes_is_hard(budget: int) -> None:
-    assert planned(Volume(budget_bytes=budget)).volume <= budget
+    assert quick_plan(Volume(budget_bytes=budget)).volume <= budget
 
 
 def test_the_direct_volume_counts_every_value_to_every_worker_that_may_need_it() -> None:
@@ -119,9 +127,9 @@ def test_the_whole_budget_gives_the_model_itself() -> None:
         assert torch.allclose(answers(planned(formulation).model), answers(network()), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("most", [1e-4, 0.01, 0.2, 0.9])
-def test_max_nmse_is_met_on_the_calibration_data(most: float) -> None:
-    plan = planned(Volume(max_nmse=most))
+@pytest.mark.parametrize(("most", "pruner"), [(1e-4, "group-omp"), (0.01, "group-omp"), (0.2, "auto"), (0.9, "auto")])
+def test_max_nmse_is_met_on_the_calibration_data(most: float, pruner: str) -> None:
+    plan = planned(Volume(max_nmse=most), pruner=pruner)
     images = calibration()[0]
     original = answers(network(), images).double()
     error = (answers(plan.model, images).double() - original).square().sum() / original.square().sum()
@@ -131,7 +139,7 @@ def test_max_nmse_is_met_on_the_calibration_data(most: float) -> None:
 
 
 def test_max_nmse_buys_more_where_it_is_lower() -> None:
-    volumes = [planned(Volume(max_nmse=most)).volume for most in (0.9, 0.2, 0.01, 1e-4)]
+    volumes = [quick_plan(Volume(max_nmse=most)).volume for most in (0.9, 0.2, 0.01, 1e-4)]
     assert volumes == sorted(volumes)
     assert volumes[0] == 0
 
@@ -140,7 +148,7 @@ def test_an_nmse_that_no_plan_reaches_is_no_solution() -> None:
     """In float64 the repaired weights of the whole model differ from its own in the last bits."""
     model = copy.deepcopy(network()).double()
     with pytest.raises(NoSolution, match="max_nmse 0 cannot be met: the least that was reached is"):
-        planned(Volume(max_nmse=0), model=model)
+        quick_plan(Volume(max_nmse=0), model=model)
 
 
 def test_a_higher_price_buys_less() -> None:
@@ -171,8 +179,10 @@ def test_edge_prunes_by_weight() -> None:
 def test_a_moderate_budget_keeps_the_accuracy() -> None:
     dense = accuracy(network())
     assert dense > 0.94
-    assert accuracy(planned(Volume(budget=0.3)).model) > dense - 0.03
-    assert accuracy(planned(Volume(budget=0.1)).model) > dense - 0.08
+    for budget, loss in ((0.3, 0.03), (0.1, 0.08)):
+        plan = planned(Volume(budget=budget))
+        assert accuracy(plan.model) > dense - loss
+        assert 0.85 * budget * plan.direct_volume <= plan.volume <= budget * plan.direct_volume
 
 
 def mean_divergence(**arguments: Any) -> float:
@@ -200,7 +210,7 @@ def test_layers_are_calibrated_on_what_they_receive() -> None:
     """The bias then makes up for the mean error of all layers before: the means of the outputs are the original's."""
     images = calibration()[0]
     original = answers(network(), images)
-    pruned = answers(planned(Volume(budget=0.05)).model, images)
+    pruned = answers(quick_plan(Volume(budget=0.05)).model, images)
     assert not torch.allclose(pruned, original, atol=1.0)
     assert torch.allclose(pruned.mean(0), original.mean(0), atol=1e-3)
 
@@ -216,7 +226,7 @@ def test_a_refitted_plan_beats_edge_at_less_volume() -> None:
 
 @pytest.mark.parametrize("output_owner", [0, 2, np.int64(1), [2], [0, 2], (0, 1, 2)])
 def test_outputs_are_where_they_are_wanted(output_owner: Any) -> None:
-    plan = planned(Volume(budget=0.2), output_owner=output_owner)
+    plan = quick_plan(Volume(budget=0.2), output_owner=output_owner)
     owners = set(plan.layers[-1].owner.tolist())
     assert owners <= set(np.atleast_1d(output_owner).tolist())
     if np.size(output_owner) > 1:
@@ -226,7 +236,7 @@ def test_outputs_are_where_they_are_wanted(output_owner: Any) -> None:
 
 @pytest.mark.parametrize("share", [[2, 1, 1], [1, 0, 3], np.array([0.7, 0.2, 0.1])])
 def test_no_worker_holds_more_than_its_share(share: Any) -> None:
-    plan = planned(Volume(budget=0.3), worker_share=share)
+    plan = quick_plan(Volume(budget=0.3), worker_share=share)
     for layer in plan.layers[:-1]:
         held = np.bincount(layer.owner, minlength=P)
         assert (held <= np.ceil(len(layer.owner) * np.asarray(share) / np.sum(share) - 1e-9)).all()
@@ -235,7 +245,7 @@ def test_no_worker_holds_more_than_its_share(share: Any) -> None:
 
 def test_inputs_are_where_the_caller_says() -> None:
     owner = np.arange(64) % 2
-    plan = planned(Volume(budget=0.2), input_owner=owner)
+    plan = quick_plan(Volume(budget=0.2), input_owner=owner)
     assert np.array_equal(plan.layers[0].input_owner, owner)
     assert plan.volume <= 0.2 * plan.direct_volume
     default = planned(Volume(budget=0))
@@ -249,7 +259,7 @@ def test_an_expensive_link_is_not_used() -> None:
     assert plan.traffic()[1, 2] == 0
     assert plan.traffic()[2, 1] > 0
     assert planned(Volume(transfer_price=1e-4)).traffic()[1, 2] > 0
-    assert same(planned(Volume(budget=0.1), link_price=1.0), planned(Volume(budget=0.1)))
+    assert same(quick_plan(Volume(budget=0.1), link_price=1.0), quick_plan(Volume(budget=0.1)))
 
 
 def bytes_of(plan: Plan) -> list[int]:
@@ -266,7 +276,7 @@ def test_a_memory_limit_names_a_worker_and_the_bytes() -> None:
 
 
 def test_a_plan_comes_back_from_disk(tmp_path: Path) -> None:
-    plan = planned(Volume(budget=0.1))
+    plan = quick_plan(Volume(budget=0.1))
     plan.save(tmp_path / "plan")
     loaded = Plan.load(tmp_path / "plan")
     assert torch.equal(answers(loaded.model), answers(plan.model))
@@ -284,11 +294,13 @@ def test_one_worker_sends_nothing(formulation: Any) -> None:
 
 def test_the_same_seed_gives_the_same_plan() -> None:
     state = torch.get_rng_state()
-    first = planned(Volume(budget=0.1), seed=5, finetune=FineTuning(steps=5))
-    assert torch.equal(torch.get_rng_state(), state), "the caller's random numbers were drawn"
-    torch.rand(3)
-    assert same(first, planned(Volume(budget=0.1), seed=5, finetune=FineTuning(steps=5)))
-    assert not same(first, planned(Volume(budget=0.1), seed=6, finetune=FineTuning(steps=5)))
+    for made, formulation in ((planned, Volume(transfer_price=1e-3)), (quick_plan, Volume(budget=0.1))):
+        first = made(formulation, seed=5, finetune=FineTuning(steps=5))
+        assert torch.equal(torch.get_rng_state(), state), "the caller's random numbers were drawn"
+        torch.rand(3)
+        state = torch.get_rng_state()
+        assert same(first, made(formulation, seed=5, finetune=FineTuning(steps=5)))
+        assert not same(first, made(formulation, seed=6, finetune=FineTuning(steps=5)))
 
 
 # Models and data
@@ -297,7 +309,8 @@ def test_the_same_seed_gives_the_same_plan() -> None:
 def test_a_model_in_float64_gives_a_plan_in_float64(tmp_path: Path) -> None:
     double = nn.Sequential(nn.Flatten(), *copy.deepcopy(network())).double()
     images = digits()[0].reshape(-1, 8, 8)
-    plan = repurpose(double, images[:1], P, data=images[TRAIN].numpy(), formulation=Volume(budget=0.2))
+    formulation = Volume(budget=0.2)
+    plan = repurpose(double, images[:1], P, data=images[TRAIN].numpy(), formulation=formulation, pruner="group-omp")
     whole = repurpose(double, images[:1], P, data=images[TRAIN], formulation=Volume(budget=1))
     expected = answers(double, images.double())
     assert {parameter.dtype for parameter in plan.model.parameters()} == {torch.float64}
@@ -312,7 +325,7 @@ def test_a_model_in_float64_gives_a_plan_in_float64(tmp_path: Path) -> None:
 def test_a_model_without_biases_is_repaired_with_them() -> None:
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(64, 20, bias=False), nn.ReLU(), nn.Linear(20, 10, bias=False))
-    plan = planned(Volume(budget=0.1), model=model)
+    plan = quick_plan(Volume(budget=0.1), model=model)
     assert linear(plan.model, 0).bias.abs().max() > 0
     assert torch.allclose(answers(planned(Volume(budget=1), model=model).model), answers(model), atol=1e-4)
     assert torch.equal(answers(planned(Lossless(), model=model).model), answers(model))
@@ -321,7 +334,7 @@ def test_a_model_without_biases_is_repaired_with_them() -> None:
 def test_integer_inputs_are_taken_as_numbers() -> None:
     images = (digits()[0][TRAIN] * 16).round()
     plans = [
-        repurpose(network(), inputs[:1], P, data=inputs, formulation=Volume(budget=0.1))
+        repurpose(network(), inputs[:1], P, data=inputs, formulation=Volume(budget=0.1), pruner="group-omp")
         for inputs in (images, images.to(torch.uint8))
     ]
     assert same(*plans)
@@ -332,7 +345,7 @@ def test_an_activation_in_place_changes_neither_data_nor_plan() -> None:
     in_place = nn.Sequential(*[nn.ReLU(inplace=True) if isinstance(layer, nn.ReLU) else layer for layer in layers])
     in_place.append(nn.LeakyReLU(0.9, inplace=True))
     images = calibration()[0].clone()
-    plan = planned(Volume(max_nmse=0.1), model=in_place, data=images)
+    plan = quick_plan(Volume(max_nmse=0.1), model=in_place, data=images)
     assert torch.equal(images, calibration()[0])
     original = answers(in_place, images).double()
     error = (answers(plan.model, images).double() - original).square().sum() / original.square().sum()
@@ -355,21 +368,21 @@ def test_regression_by_squared_error() -> None:
         planned(model=model, data=images[TRAIN])
     errors = []
     for budget in (0.0, 0.1, 0.3):
-        plan = planned(
+        plan = quick_plan(
             Volume(budget=budget), model=model, data=(images[TRAIN], labels[TRAIN] / 10), loss="squared_error"
         )
         assert 0.8 * budget * plan.direct_volume <= plan.volume <= budget * plan.direct_volume
         errors.append(float((answers(plan.model) - answers(model))[TEST].square().mean()))
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.3 * errors[0]
-    tuned = planned(
+    tuned = quick_plan(
         Volume(budget=0.1),
         model=model,
         data=(images[TRAIN], labels[TRAIN] / 10),
         loss="squared_error",
         finetune=FineTuning(steps=150),
     )
-    untuned = planned(Volume(budget=0.1), model=model, data=images[TRAIN], loss="squared_error")
+    untuned = quick_plan(Volume(budget=0.1), model=model, data=images[TRAIN], loss="squared_error")
     assert (answers(tuned.model) - numbers)[TRAIN].square().mean() < (answers(untuned.model) - numbers)[
         TRAIN
     ].square().mean()
@@ -388,7 +401,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "negative worker_share": ({"worker_share": [1, -1, 1]}, "worker_share"),
     "nothing for the outputs": ({"worker_share": [0, 1, 1]}, r"worker_share: got 0 for output_owner \[0\]"),
     "link_price": ({"link_price": -1.0}, "link_price"),
-    "memory_limit": ({"memory_limit": 0}, "memory_limit"),
+    "memory_limit": ({"memory_limit": 0, "pruner": "threshold"}, "memory_limit"),
     "loss": ({"loss": "hinge"}, "loss: got 'hinge'"),
     "formulation": ({"formulation": 0.1}, "formulation"),
     "data of another width": ({"data": torch.zeros(9, 63)}, r"data: got inputs of shape \(63,\)"),
@@ -418,7 +431,7 @@ def test_unknown_solvers_are_named() -> None:
 
 def test_it_runs_where_gradients_are_switched_off() -> None:
     with torch.no_grad():
-        plan = planned(Volume(budget=0.1), finetune=FineTuning(steps=2))
+        plan = quick_plan(Volume(budget=0.1), finetune=FineTuning(steps=2))
     assert plan.volume > 0
     assert public_repurpose is repurpose
 

@@ -115,7 +115,7 @@ def measure(layers: int, seeds: int, is_quick: bool) -> dict[str, Any]:
     """Both comparisons, with everything that went into them."""
     missing = [name for name in (OURS, "mt-kahypar", "local-search") if not _is_there(name)]
     rows = [row for seed in range(seeds) for row in _forward(layers, seed)]
-    time_limit = 1.0 if is_quick else 10.0
+    time_limit = 0.3 if is_quick else 10.0
     ways = [Way(name, time_limit) for name in ("metis+alternate", "metis+alternate+local-search")]
     chains = [replace(chain, neurons=64) for chain in CHAINS] if is_quick else CHAINS
     ways = [way for way in ways if not set(way.partitioner.split("+")) & set(missing)]
