@@ -80,7 +80,7 @@ def test_help_explains_every_option(parser: argparse.ArgumentParser, run: Run) -
 
 def test_verbs() -> None:
     verbs = [parser.prog for parser in parsers(cli._parser())]
-    expected = ["", " demo", " solve", " run", " simulate", " export", " solvers", " bench", " bench list"]
+    expected = ["", " demo", " solve", " run", " worker", " simulate", " export", " solvers", " bench", " bench list"]
     assert verbs == [f"repurpose-opt{verb}" for verb in expected]
 
 

@@ -6,12 +6,11 @@ import contextlib
 import io
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,12 @@ from test_plan import mlp, random_plan, rich_model
 
 from repurpose_opt.errors import PlanError, RepurposeError
 from repurpose_opt.runtime import worker
-from repurpose_opt.runtime.agreement import Readiness, byte_mismatch, disagreement
+from repurpose_opt.runtime.agreement import Readiness, byte_mismatch, disagreement, version_mismatch
+from repurpose_opt.runtime.console import ERROR_PREFIX
 from repurpose_opt.runtime.exchange import ExchangeStep
 from repurpose_opt.runtime.launch import RunResult, loopback, run_plan
 from repurpose_opt.runtime.manifest import Manifest
+from repurpose_opt.runtime.members import Member
 from repurpose_opt.runtime.plan import Plan
 from repurpose_opt.runtime.transport import Wait
 
@@ -73,7 +74,7 @@ def test_an_exchange_step_hands_over_exactly_the_messages(batch: int) -> None:
 def test_workers_that_agree() -> None:
     sent = [((0, 2),), ((1, 0),)]
     received = [((0, 1),), ((2, 0),)]
-    ready = [Readiness(None, "a", (4, 3), 2, sent[k], received[k]) for k in range(2)]
+    ready = [Readiness(None, "a", "", ((4, 3),), 2, sent[k], received[k]) for k in range(2)]
     assert disagreement(ready) is None
 
 
@@ -87,8 +88,13 @@ def test_workers_that_agree() -> None:
             "the plan (SHA-256 of its manifest) of worker 1 and 2 is b, that of worker 0 is a",
         ),
         (
-            [Readiness(inputs=(4, 3)), Readiness(inputs=(5, 3))],
+            [Readiness(inputs=((4, 3),)), Readiness(inputs=((5, 3),))],
             "the input (samples, …) of worker 1 is (5, 3), that of worker 0 is (4, 3)",
+        ),
+        (
+            [Readiness(mode="--serve --feed rank0"), Readiness(mode="a run over one file")],
+            "the way to get inputs (--serve, --listen, --feed) of worker 1 is a run over one file, "
+            "that of worker 0 is --serve --feed rank0",
         ),
         (
             [Readiness(sent_counts=((0, 2),), received_counts=((0, 1),)),
@@ -99,6 +105,13 @@ def test_workers_that_agree() -> None:
 )  # fmt: skip
 def test_workers_that_disagree(workers: Sequence[Readiness], reason: str) -> None:
     assert disagreement(workers) == reason
+
+
+def test_workers_of_another_version_are_named() -> None:
+    here = Member.here()
+    assert version_mismatch([here, here]) is None
+    odd = version_mismatch([here, replace(here, version="7"), here, replace(here, version="7")])
+    assert odd == f"the version of repurpose-opt of worker 1 and 3 is 7, that of worker 0 is {here.version}"
 
 
 def test_a_byte_more_or_less_is_found() -> None:
@@ -156,14 +169,13 @@ def test_bytes_sent_are_the_bytes_predicted(odd_plan: Plan, result: RunResult) -
 
 def test_a_wrong_number_of_processes_is_one_line(odd_folder: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command.append(f"--log-dir={tmp_path / 'logs'}")
-    command += ["-m", "repurpose_opt.runtime.worker", str(odd_folder)]
+    command += [f"--log-dir={tmp_path / 'logs'}", "--no-python"]
+    command += [str(Path(sys.executable).with_name("repurpose-opt")), "worker", str(odd_folder)]
     command += [f"--input={tmp_path / 'none.npy'}", f"--output={tmp_path / 'output.npy'}"]
     run = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False)
     assert run.returncode == 1
-    assert [line for line in run.stderr.splitlines() if line.startswith(worker.ERROR_PREFIX)] == [
-        f"{worker.ERROR_PREFIX}{odd_folder} is a plan for 3 workers, started with 2 processes: "
-        "use torchrun --nproc-per-node=3"
+    assert [line for line in run.stderr.splitlines() if line.startswith(ERROR_PREFIX)] == [
+        f"{ERROR_PREFIX}{odd_folder} is a plan for 3 workers, started with 2 processes: use torchrun --nproc-per-node=3"
     ]
     assert not (tmp_path / "output.npy").exists()
 
@@ -205,13 +217,22 @@ def test_a_worker_needs_torchrun(
     monkeypatch.delenv("RANK", raising=False)
     assert worker.main([str(odd_folder), "--input=x.npy", "--output=y.npy"]) == 1
     message = capsys.readouterr().err
-    assert message.startswith(worker.ERROR_PREFIX)
+    assert message.startswith(ERROR_PREFIX)
     assert "torchrun --nproc-per-node=P" in message
     assert message.count("\n") == 1
 
 
 def test_usage_errors_have_code_2(odd_folder: Path) -> None:
-    for option in ("--batch-size=0", "--timeout=-1", "--batch-size=x", "--rate=3"):
+    options = (
+        "--batch-size=0",
+        "--timeout=-1",
+        "--batch-size=x",
+        "--rate=3",
+        "--listen=path",
+        "--feed=owners",
+        "--json",
+    )
+    for option in options:
         with pytest.raises(SystemExit) as caught:
             worker.main([str(odd_folder), "--input=x.npy", "--output=y.npy", option])
         assert caught.value.code == 2
@@ -376,21 +397,9 @@ def test_every_worker_fails_and_one_says_why(name: str, runs: Runs) -> None:
     )
     assert runs.codes[name] == [1] * P
     assert len(runs.errors[name]) == 1
-    assert runs.errors[name][0].startswith(worker.ERROR_PREFIX)
+    assert runs.errors[name][0].startswith(ERROR_PREFIX)
     assert line in runs.errors[name][0]
     assert not (runs.folder / f"{name}.out.npy").exists()
-
-
-def test_a_silent_or_killed_worker_ends_the_others(tmp_path: Path) -> None:
-    runs = Runs(tmp_path)
-    runs.add("silent", sabotage="sleep", timeout=1)
-    runs.add("killed", sabotage="kill")
-    assert runs.start() == [0, -signal.SIGKILL, 0]
-    assert runs.codes == {"silent": [1, 1, 1], "killed": [1, None, 1]}
-    assert (len(runs.errors["silent"]), len(runs.errors["killed"])) == (3, 2)
-    for line in runs.errors["silent"] + runs.errors["killed"]:
-        assert "cannot exchange values: another worker ended or fell silent" in line
-    assert not list(tmp_path.glob("*.out.npy"))
 
 
 # What a process of `Runs` does
@@ -403,15 +412,6 @@ def _sabotage(kind: str | None, rank: int) -> contextlib.AbstractContextManager[
         return _patched(context, worker, "build_part", _forget_a_message(worker.build_part))
     if kind == "counts" and rank == 1:
         return _patched(context, ExchangeStep, "__init__", _expect_one_more(ExchangeStep.__init__))
-    if kind == "kill" and rank == 1:
-        return _patched(
-            context,
-            ExchangeStep,
-            "begin",
-            _at_call(5, ExchangeStep.begin, lambda: os.kill(os.getpid(), signal.SIGKILL)),
-        )
-    if kind == "sleep" and rank == 1:
-        return _patched(context, ExchangeStep, "begin", _at_call(5, ExchangeStep.begin, lambda: time.sleep(3)))
     return context
 
 
@@ -441,18 +441,6 @@ def _expect_one_more(create: Any) -> Any:
         step.received_counts[0] += 1
 
     return init
-
-
-def _at_call(number: int, run: Any, act: Callable[[], None]) -> Any:
-    calls = []
-
-    def acting(step: ExchangeStep, *arguments: Any) -> Any:
-        calls.append(step)
-        if len(calls) == number:
-            act()
-        return run(step, *arguments)
-
-    return acting
 
 
 def _process(path: Path, rank: int) -> None:

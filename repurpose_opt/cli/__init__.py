@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from repurpose_opt import __version__
-from repurpose_opt.cli import bench, demo, export, run, simulate, solve, solvers
+from repurpose_opt.cli import bench, demo, export, run, simulate, solve, solvers, worker
 from repurpose_opt.cli.text import FAILED, PROGRAM, fail
 from repurpose_opt.errors import RepurposeError
 
@@ -20,6 +20,8 @@ examples:
   repurpose-opt solve layer.npy --workers 4               place one layer, send a tenth of its values
   repurpose-opt run model.pt2 --data train.npz --workers 4 --budget 0.05 --output plan
                                                           a whole model, to a plan for four workers
+  torchrun --nproc-per-node=4 --no-python repurpose-opt worker plan --serve --listen 127.0.0.1:4000
+                                                          the plan's four processes, which answer batches
   repurpose-opt simulate plan --platform edge             what it would take on small machines, and why
   repurpose-opt export layer.npz --to hgr --workers 4 --formulation lossless
                                                           the same instance for other people's solvers
@@ -57,6 +59,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    for verb in (demo, solve, run, simulate, export, solvers, bench):
+    for verb in (demo, solve, run, worker, simulate, export, solvers, bench):
         verb.add(verbs)
     return parser

@@ -1,4 +1,4 @@
-"""What the workers of a run compare: before the first sample their plans, after the last one the bytes sent."""
+"""What the workers of a run compare: versions and plans before the first sample, bytes sent after the last one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repurpose_opt.runtime.layer import Indices, PlannedLayer
+from repurpose_opt.runtime.members import Member
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,10 @@ class Readiness:
     error: str | None = None
     digest: str = ""
     """Of the manifest."""
-    inputs: tuple[int, ...] = ()
-    """(samples, …)"""
+    mode: str = ""
+    """How the workers get their inputs, in words."""
+    inputs: tuple[tuple[int, ...], ...] = ()
+    """(samples, …) of each file that it reads."""
     batch_size: int = 0
     sent_counts: tuple[tuple[int, ...], ...] = ()
     """(layers, P) numbers that it is about to send to each worker for one sample."""
@@ -30,6 +33,18 @@ class Readiness:
 def disagreement(workers: Sequence[Readiness]) -> str | None:
     """Why these workers cannot run together, in one line; None if they can."""
     return _errors(workers) or _difference(workers) or _unmatched(workers)
+
+
+def version_mismatch(members: Sequence[Member]) -> str | None:
+    """Whose version of this package is not that of worker 0, in one line; None if all are the same.
+
+    Apart from `disagreement`, as another version may not even understand a Readiness.
+    """
+    odd = [rank for rank, member in enumerate(members) if member.version != members[0].version]
+    if not odd:
+        return None
+    theirs, ours = members[odd[0]].version, members[0].version
+    return f"the version of repurpose-opt of worker {_listed(odd)} is {theirs}, that of worker 0 is {ours}"
 
 
 def byte_mismatch(layers: Sequence[PlannedLayer], counted: Indices, predicted: Indices) -> str | None:
@@ -64,6 +79,7 @@ def _errors(workers: Sequence[Readiness]) -> str | None:
 def _difference(workers: Sequence[Readiness]) -> str | None:
     meanings = {
         "digest": "plan (SHA-256 of its manifest)",
+        "mode": "way to get inputs (--serve, --listen, --feed)",
         "inputs": "input (samples, …)",
         "batch_size": "batch size",
     }
@@ -71,8 +87,13 @@ def _difference(workers: Sequence[Readiness]) -> str | None:
         values = [getattr(worker, field) for worker in workers]
         odd = [rank for rank, value in enumerate(values) if value != values[0]]
         if odd:
-            return f"the {meaning} of worker {_listed(odd)} is {values[odd[0]]}, that of worker 0 is {values[0]}"
+            theirs, ours = (_text(values[rank]) for rank in (odd[0], 0))
+            return f"the {meaning} of worker {_listed(odd)} is {theirs}, that of worker 0 is {ours}"
     return None
+
+
+def _text(value: object) -> str:
+    return " and ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _unmatched(workers: Sequence[Readiness]) -> str | None:

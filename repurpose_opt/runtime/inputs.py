@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,15 +45,17 @@ class Reader:
         """Raises RepurposeError where a number that the worker reads is none that the plan can take."""
         step = max(1, NUMBERS_AT_ONCE // max(1, math.prod(inputs.shape[1:])))
         for start in range(0, len(inputs), step):
-            part = self.read(inputs, slice(start, start + step))
-            if self.vocabulary is None:
-                bad, got, allowed = ~torch.isfinite(part), "NaN or infinite", f"numbers that are finite in {self.dtype}"
-            else:
-                bad, got, allowed = (part < 0) | (part >= self.vocabulary), "no token", f"0 … {self.vocabulary - 1}"
-            if bad.any():
-                raise RepurposeError(
-                    f"{name}: {got} at {self._place(bad.nonzero()[0].tolist(), start)}; allowed: {allowed}"
-                )
+            self.check_part(name, self.read(inputs, slice(start, start + step)), start)
+
+    def check_part(self, name: object, part: torch.Tensor, first: int) -> None:
+        """The same for what `read` gave of the samples from number `first` on."""
+        if self.vocabulary is None:
+            bad, got, allowed = ~torch.isfinite(part), "NaN or infinite", f"numbers that are finite in {self.dtype}"
+        else:
+            bad, got, allowed = (part < 0) | (part >= self.vocabulary), "no token", f"0 … {self.vocabulary - 1}"
+        if bad.any():
+            place = self._place(bad.nonzero()[0].tolist(), first)
+            raise RepurposeError(f"{name}: {got} at {place}; allowed: {allowed}")
 
     def _place(self, index: list[int], start: int) -> str:
         if self.split.layout is None:
@@ -66,6 +69,19 @@ def reader_of(graph: Graph, split: Split, worker: int, dtype: str) -> Reader:
     modules = [graph.module(step.name) for step in graph.readers(INPUT)]
     sizes = [module.num_embeddings for module in modules if isinstance(module, nn.Embedding)]
     return Reader(split, worker, dtype, min(sizes) if sizes else None)
+
+
+def parts_of(name: object, readers: Sequence[Reader], inputs: NDArray[Any], first: int) -> list[torch.Tensor]:
+    """What each worker holds of an input, whose samples are counted from `first` on; see `Reader.read`.
+
+    `readers` are those of all workers. Raises RepurposeError where a number is none that the plan can take.
+    """
+    is_everywhere = readers[0].split.layout is None
+    parts = []
+    for reader in readers[:1] if is_everywhere else readers:
+        parts.append(reader.read(inputs, slice(None)))
+        reader.check_part(name, parts[-1], first)
+    return parts * len(readers) if is_everywhere else parts
 
 
 def open_inputs(path: Path, graph: Graph, input_shape: tuple[int, ...]) -> NDArray[Any]:

@@ -1,4 +1,4 @@
-"""Run a plan on P processes of this machine."""
+"""Run a plan on P processes of this machine, once or as a service."""
 
 from __future__ import annotations
 
@@ -8,20 +8,25 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from repurpose_opt.errors import InvalidArgument, RepurposeError
-from repurpose_opt.runtime.group import LOST_CONTACT
+from repurpose_opt.runtime.client import Client
+from repurpose_opt.runtime.console import ERROR_PREFIX
 from repurpose_opt.runtime.layer import Indices
 from repurpose_opt.runtime.storage import read_manifest, read_worker
-from repurpose_opt.runtime.worker import ERROR_PREFIX
 
-INPUT, OUTPUT, REPORT = "input.npy", "output.npy", "report.json"
+INPUT, OUTPUT, REPORT, SOCKET = "input.npy", "output.npy", "report.json", "socket"
+SILENCE_SHARE = 1 / 3
+"""Of a client's timeout: then there is time for a restart and the answer."""
 SECONDS_TO_END = 40.0
 """torchrun gives its workers 30 seconds to end before it kills them."""
 
@@ -50,18 +55,23 @@ def run_plan(
     `inputs` is (samples, *input_shape). Raises PlanError for a damaged plan, RepurposeError with the worker's own line
     where a worker fails or the whole run takes longer than `timeout` seconds. The processes end before the call does.
     """
-    if batch_size < 1:
-        raise InvalidArgument("batch_size", batch_size, "a whole number ≥ 1")
-    if not timeout > 0:
-        raise InvalidArgument("timeout", timeout, "seconds > 0")
     plan = Path(directory)
-    manifest = read_manifest(plan)
-    for worker in range(manifest.n_workers):
-        read_worker(plan, manifest, worker)
+    n_workers = _checked(plan, batch_size, timeout)
     with tempfile.TemporaryDirectory(prefix="repurpose-opt-") as name:
         folder = Path(name)
         np.save(folder / INPUT, inputs, allow_pickle=False)
-        _run(_command(plan, manifest.n_workers, folder, batch_size, timeout), folder, timeout)
+        options = [f"--input={folder / INPUT}", f"--output={folder / OUTPUT}", f"--report={folder / REPORT}"]
+        options += [f"--batch-size={batch_size}", f"--timeout={timeout}"]
+        torchrun = _Torchrun(plan, n_workers, folder, options)
+        try:
+            torchrun.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            torchrun.end()
+            reason = torchrun.reason() or "the processes were ended"
+            raise RepurposeError(f"no answer within {timeout:g} seconds: {reason}") from None
+        finally:
+            torchrun.end()
+        torchrun.check()
         report = json.loads((folder / REPORT).read_text())
         return RunResult(
             outputs=np.load(folder / OUTPUT),
@@ -72,53 +82,122 @@ def run_plan(
         )
 
 
-def _command(plan: Path, n_workers: int, folder: Path, batch_size: int, timeout: float) -> list[str]:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={n_workers}"]
-    loopback = ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
-    worker = ["-m", "repurpose_opt.runtime.worker", str(plan)]
-    files = [f"--input={folder / INPUT}", f"--output={folder / OUTPUT}", f"--report={folder / REPORT}"]
-    options = [f"--batch-size={batch_size}", f"--timeout={timeout}"]
-    return [*torchrun, *loopback, f"--log-dir={folder / 'logs'}", *worker, *files, *options]
+class Service:
+    """The processes of a plan on this machine, which stay and answer batches; a context manager that ends them.
+
+    Several threads may ask; batches are answered one after the other.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        batch_size: int = 256,
+        timeout: float = 300.0,
+        max_restarts: int = 0,
+    ) -> None:
+        """Start torchrun with one process for each worker of the plan.
+
+        A batch of more than `batch_size` samples is cut into pieces. `timeout` in seconds: for one answer, the start
+        of the processes included; a third of it is how long a worker waits for a silent one. `max_restarts`: how often
+        all workers are started again after one of them failed. Raises PlanError for a damaged plan.
+        """
+        plan = Path(directory)
+        n_workers = _checked(plan, batch_size, timeout)
+        if max_restarts < 0:
+            raise InvalidArgument("max_restarts", max_restarts, "a whole number ≥ 0")
+        self.report: dict[str, Any] | None = None
+        """After the end: samples, batches, throughput, latency and bytes, as --report writes them."""
+        self._folder = tempfile.TemporaryDirectory(prefix="repurpose-opt-")
+        folder = Path(self._folder.name)
+        options = ["--serve", f"--listen={folder / SOCKET}", f"--report={folder / REPORT}"]
+        options += [f"--batch-size={batch_size}", f"--timeout={timeout * SILENCE_SHARE}"]
+        self.address = str(folder / SOCKET)
+        """Where other clients can ask; only this user may."""
+        self._torchrun = _Torchrun(plan, n_workers, folder, options, max_restarts)
+        self._client = Client(self.address, timeout=timeout)
+        self._lock = threading.Lock()
+
+    def answer(self, batch: NDArray[Any]) -> NDArray[Any]:
+        """The outputs (samples, …) for a batch (samples, *input_shape); a batch may be computed twice after a restart.
+
+        Raises RepurposeError where the plan cannot take the batch, or a worker failed and is not started again, with
+        the worker's own line, or no answer comes within the timeout.
+        """
+        with self._lock:
+            return self._client.answer(batch, self._torchrun.check)
+
+    def close(self) -> None:
+        """End the processes, after the batch in hand."""
+        self._client.close()
+        self._torchrun.end()
+        report = Path(self._folder.name) / REPORT
+        if report.exists():
+            self.report = json.loads(report.read_text())
+        self._folder.cleanup()
+
+    def __enter__(self) -> Service:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
 
 
-def _run(command: list[str], folder: Path, timeout: float) -> None:
-    errors = folder / "stderr"
-    # P processes share this machine's cores: threads of their own would only get in each other's way.
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | loopback()
-    with errors.open("wb") as file:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=file, env=environment
-        )
+def _checked(plan: Path, batch_size: int, timeout: float) -> int:
+    """The number of workers of a plan, all of whose files are as they should be."""
+    if batch_size < 1:
+        raise InvalidArgument("batch_size", batch_size, "a whole number ≥ 1")
+    if not timeout > 0:
+        raise InvalidArgument("timeout", timeout, "seconds > 0")
+    manifest = read_manifest(plan)
+    for worker in range(manifest.n_workers):
+        read_worker(plan, manifest, worker)
+    return manifest.n_workers
+
+
+class _Torchrun:
+    """torchrun and its workers on the loopback interface."""
+
+    def __init__(self, plan: Path, n_workers: int, folder: Path, options: Sequence[str], max_restarts: int = 0) -> None:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={n_workers}"]
+        rendezvous = ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
+        logs = [f"--max-restarts={max_restarts}", f"--log-dir={folder / 'logs'}"]
+        worker = ["-m", "repurpose_opt.runtime.worker", str(plan)]
+        # P processes share this machine's cores: threads of their own would only get in each other's way.
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "FATAL"} | loopback()
+        self._errors = folder / "stderr"
+        with self._errors.open("wb") as file:
+            self.process = subprocess.Popen(
+                [*torchrun, *rendezvous, *logs, *worker, *options],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=file,
+                env=environment,
+            )
+
+    def check(self) -> None:
+        """Raises RepurposeError, with the line of the worker that failed, where torchrun has ended with an error."""
+        code = self.process.poll()
+        if code is None or code == 0:
+            return
+        printed = self._errors.read_text(errors="replace")
+        raise RepurposeError(self.reason() or f"torchrun ended with code {code}: …{printed[-1000:]}")
+
+    def reason(self) -> str | None:
+        """The line in which a worker said why the run failed, of several runs the last one."""
+        lines = self._errors.read_text(errors="replace").splitlines()
+        return next((line.partition(ERROR_PREFIX)[2] for line in reversed(lines) if ERROR_PREFIX in line), None)
+
+    def end(self) -> None:
+        """End torchrun, which ends its workers; each of them is in a session of its own, out of our reach."""
+        if self.process.poll() is not None:
+            return
+        self.process.terminate()
         try:
-            code = process.wait(timeout)
+            self.process.wait(SECONDS_TO_END)
         except subprocess.TimeoutExpired:
-            raise RepurposeError(f"no answer within {timeout:g} seconds: the processes were ended") from None
-        finally:
-            _end(process)
-    if code != 0:
-        raise RepurposeError(_reason(errors.read_text(errors="replace"), code))
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End torchrun, which ends its workers; each of them is in a session of its own, out of our reach."""
-    if process.poll() is not None:
-        return
-    process.terminate()
-    try:
-        process.wait(SECONDS_TO_END)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
-def _reason(errors: str, code: int) -> str:
-    """The line in which a worker said why it failed; the end of what was printed where none did."""
-    lines = [line.partition(ERROR_PREFIX)[2] for line in errors.splitlines() if ERROR_PREFIX in line]
-    # Workers that lost contact are the consequence of one that failed for a reason of its own.
-    causes = [line for line in lines if LOST_CONTACT not in line]
-    if causes or lines:
-        return (causes or lines)[0]
-    return f"torchrun ended with code {code}: …{errors[-1000:]}"
+            self.process.kill()
+            self.process.wait()
 
 
 def loopback() -> dict[str, str]:

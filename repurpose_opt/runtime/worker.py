@@ -10,112 +10,98 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from repurpose_opt.errors import PlanError, RepurposeError
 from repurpose_opt.runtime import group
-from repurpose_opt.runtime.agreement import Readiness, byte_mismatch, disagreement, predicted_bytes
+from repurpose_opt.runtime.agreement import Readiness, disagreement, version_mismatch
+from repurpose_opt.runtime.console import print_error, print_note
+from repurpose_opt.runtime.desk import Desk
+from repurpose_opt.runtime.faults import Watch
+from repurpose_opt.runtime.feed import Files, Listener, Pipe, Source, targets_of
 from repurpose_opt.runtime.graph import INPUT
-from repurpose_opt.runtime.inputs import Reader, open_inputs, reader_of
-from repurpose_opt.runtime.layer import Indices, PlannedLayer
+from repurpose_opt.runtime.inputs import open_inputs, reader_of
+from repurpose_opt.runtime.job import Job, traffic_report
+from repurpose_opt.runtime.join import Unheard, joined
 from repurpose_opt.runtime.local import Part, part_of
 from repurpose_opt.runtime.manifest import DTYPES, Manifest
-from repurpose_opt.runtime.splits import Split
+from repurpose_opt.runtime.options import EPILOG, add_options, check_options
+from repurpose_opt.runtime.outputs import assembled, write_whole
+from repurpose_opt.runtime.service import Front, follow
+from repurpose_opt.runtime.stop import StopSignal, stop_signals
 from repurpose_opt.runtime.storage import Tensors, read_manifest, read_worker
-from repurpose_opt.runtime.transport import start as start_exchange
 
-ERROR_PREFIX = "repurpose-opt worker: error: "
-
-
-@dataclass(frozen=True, eq=False)
-class Job:
-    """All that one worker needs to run."""
-
-    rank: int
-    manifest: Manifest
-    inputs: NDArray[Any]
-    """(samples, …), memory-mapped"""
-    reader: Reader
-    part: Part
-    batch_size: int
-
-    @property
-    def output(self) -> Split:
-        return self.manifest.splits[self.manifest.steps[-1].name]
-
-    @property
-    def layers(self) -> tuple[PlannedLayer, ...]:
-        """Those with an exchange, in order."""
-        names = {exchange.name for exchange in self.part.exchanges}
-        return tuple(layer for layer in self.manifest.layers if layer.name in names)
-
-    def readiness(self) -> Readiness:
-        exchanges = self.part.exchanges
-        return Readiness(
-            digest=self.manifest.digest(),
-            inputs=self.inputs.shape,
-            batch_size=self.batch_size,
-            sent_counts=tuple(tuple(exchange.sent_counts) for exchange in exchanges),
-            received_counts=tuple(tuple(exchange.received_counts) for exchange in exchanges),
-        )
+SECONDS_TO_HAND_ON = 5.0
+"""For clients to fetch their last answers."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one worker; returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    parser = argparse.ArgumentParser(
+        prog="torchrun --nproc-per-node=P -m repurpose_opt.runtime.worker",
+        description="One worker of a plan.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_options(parser)
+    arguments = parser.parse_args(argv)
+    check_options(parser, arguments)
+    return run(arguments)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The same with options that have been read."""
     try:
-        rank, size = group.rank_and_size()
-        with group.process_group(arguments.timeout):
-            return _run_and_report(arguments, rank, size)
+        with stop_signals() as stop, joined(arguments.timeout, stop) as watch:
+            return _run_or_tell(arguments, stop, watch)
+    except Unheard:
+        return 1
     except RepurposeError as error:
-        _print_error(error)
+        print_error(error)
         return 1
 
 
-def _run_and_report(arguments: argparse.Namespace, rank: int, size: int) -> int:
+def _run_or_tell(arguments: argparse.Namespace, stop: StopSignal, watch: Watch) -> int:
+    rank, size = group.rank_and_size()
     try:
-        _run(arguments, rank, size)
+        return _run(arguments, rank, size, stop, watch)
     except group.SharedError as error:
         if rank == 0:
-            _print_error(error)
+            print_error(error)
         # torchrun ends the others as soon as one has failed: not before the line is printed.
         group.barrier()
         return 1
-    except RepurposeError as error:
-        _print_error(error)
-        return 1
-    return 0
 
 
-def _run(arguments: argparse.Namespace, rank: int, size: int) -> None:
-    job, error = None, None
-    try:
-        job = prepare(arguments, rank, size)
-    except RepurposeError as caught:
-        error = str(caught)
-    fault = disagreement(group.gather(Readiness(error) if job is None else job.readiness()))
-    if fault is not None or job is None:
-        raise group.SharedError(fault)
-    outputs, seconds = compute(job)
-    report, fault = _report(job, seconds)
+def _run(arguments: argparse.Namespace, rank: int, size: int, stop: StopSignal, watch: Watch) -> int:
+    fault = version_mismatch(watch.members)
     if fault is not None:
         raise group.SharedError(fault)
-    assembled = _assemble(job, outputs)
-    if assembled is not None:
-        _write(arguments.output, lambda file: np.save(file, assembled))
-    if arguments.report is not None and rank == 0:
-        _write(arguments.report, lambda file: file.write(json.dumps(report, indent=1).encode()))
+    job, source, desk, error = None, None, Desk(), None
+    try:
+        job = prepare(arguments, rank, size)
+        if arguments.serve and rank == 0:
+            source = source_of(arguments, desk, job.manifest)
+    except RepurposeError as caught:
+        error = str(caught)
+    fault = disagreement(group.gather(Readiness(error) if error is not None or job is None else job.readiness()))
+    if fault is not None or job is None:
+        raise group.SharedError(fault)
+    if not arguments.serve:
+        return _run_file(arguments, job, stop)
+    if source is not None:
+        return _serve(arguments, job, source, desk, stop)
+    follow(job)
+    _traffic(job, 0.0)
     group.barrier()
+    return 0
 
 
 def prepare(arguments: argparse.Namespace, rank: int, size: int) -> Job:
@@ -127,14 +113,20 @@ def prepare(arguments: argparse.Namespace, rank: int, size: int) -> Job:
             f"{arguments.plan} is a plan for {manifest.n_workers} workers, started with {size} processes: use {option}"
         )
     tensors = read_worker(arguments.plan, manifest, rank)
-    inputs = open_inputs(arguments.input, manifest.graph, manifest.input_shape)
     reader = reader_of(manifest.graph, manifest.splits[INPUT], rank, manifest.dtype)
-    reader.check(arguments.input, inputs)
+    reads_files = not arguments.serve or arguments.feed == "owners"
+    names = arguments.input if reads_files else []
+    files = tuple(open_inputs(name, manifest.graph, manifest.input_shape) for name in names)
+    for name, inputs in zip(names, files, strict=True):
+        reader.check(name, inputs)
     for path in (arguments.output, arguments.report):
         if path is not None and not path.absolute().parent.is_dir():
             raise RepurposeError(f"{path}: cannot be written; its folder does not exist")
-    batch_size = max(1, min(arguments.batch_size, len(inputs)))
-    return Job(rank, manifest, inputs, reader, build_part(manifest, rank, tensors, batch_size), batch_size)
+    batch_size = arguments.batch_size
+    if not arguments.serve:
+        batch_size = max(1, min(batch_size, len(files[0])))
+    mode = f"--serve --feed {arguments.feed}" if arguments.serve else "a run over one file"
+    return Job(rank, manifest, build_part(manifest, rank, tensors, batch_size), reader, files, batch_size, mode)
 
 
 def build_part(manifest: Manifest, rank: int, tensors: Tensors, batch_size: int) -> Part:
@@ -143,125 +135,72 @@ def build_part(manifest: Manifest, rank: int, tensors: Tensors, batch_size: int)
     return part_of(manifest.graph, manifest.layers, manifest.splits, rank, tensors, batch_size, dtype)
 
 
-@torch.inference_mode()
-def compute(job: Job) -> tuple[NDArray[Any], float]:
+def source_of(arguments: argparse.Namespace, desk: Desk, manifest: Manifest) -> Source:
+    """Where worker 0 takes batches from. Raises RepurposeError."""
+    if arguments.listen is not None:
+        return Listener(arguments.listen, desk)
+    if not arguments.input:
+        return Pipe(desk)
+    targets = targets_of(arguments.input, arguments.output)
+    files = [open_inputs(name, manifest.graph, manifest.input_shape) for name in arguments.input]
+    return Files(desk, arguments.input, files, targets, arguments.batch_size)
+
+
+def _run_file(arguments: argparse.Namespace, job: Job, stop: StopSignal) -> int:
+    outputs, seconds = compute(job, stop)
+    report = _traffic(job, seconds)
+    owners = np.unique(job.output.places).tolist()
+    whole = assembled(job.output, job.rank, outputs, writer=owners[0] if len(owners) == 1 else 0)
+    if whole is not None:
+        write_whole(arguments.output, lambda file: np.save(file, whole))
+    if job.rank == 0:
+        _write_report(arguments.report, report)
+    group.barrier()
+    return 0
+
+
+def compute(job: Job, stop: StopSignal) -> tuple[NDArray[Any], float]:
     """The outputs that this worker computes, (places held, samples, *positions), and the seconds it took."""
-    samples = len(job.inputs)
-    outputs = np.empty(_shape(job, job.rank), dtype=job.manifest.dtype)
+    (inputs,) = job.files
+    shape = (len(job.output.held(job.rank)), len(inputs), *job.output.positions)
+    outputs = np.empty(shape, dtype=job.manifest.dtype)
     group.barrier()
     started = time.perf_counter()
-    for start in range(0, samples, job.batch_size):
-        batch = slice(start, min(start + job.batch_size, samples))
-        values = job.reader.read(job.inputs, batch)
-        outputs[:, batch] = job.part.run(values, batch.stop - batch.start, start_exchange).numpy()
+    for start in range(0, len(inputs), job.batch_size):
+        stop.raise_if_received(job.rank)
+        batch = slice(start, min(start + job.batch_size, len(inputs)))
+        outputs[:, batch] = job.run(job.reader.read(inputs, batch), batch.stop - batch.start)
     group.barrier()
     return outputs, time.perf_counter() - started
 
 
-def _shape(job: Job, worker: int) -> tuple[int, ...]:
-    """Of the outputs that a worker computes."""
-    return (len(job.output.held(worker)), len(job.inputs), *job.output.positions)
+def _serve(arguments: argparse.Namespace, job: Job, source: Source, desk: Desk, stop: StopSignal) -> int:
+    """Worker 0 of a service."""
+    front = Front(job, desk, stop, arguments.timeout)
+    source.start()
+    print_note(f"serving {arguments.plan} on {source.name}")
+    front.serve()
+    report = _traffic(job, front.tally.seconds)
+    desk.close(min(SECONDS_TO_HAND_ON, arguments.timeout / 2))
+    source.close()
+    report |= front.tally.figures(report["samples"]) | {"bytes_fed": front.bytes_fed.tolist()}
+    _write_report(arguments.report, report)
+    print_note(json.dumps(report) if arguments.json else front.tally.text(report["samples"]))
+    group.barrier()
+    return 1 if source.has_failed else 0
 
 
-def _report(job: Job, seconds: float) -> tuple[dict[str, Any], str | None]:
-    """The report, and the pair whose counted bytes are not the predicted ones."""
-    layers, samples, exchanges = job.layers, len(job.inputs), job.part.exchanges
-    sent = np.array([exchange.bytes_sent for exchange in exchanges])
-    counts = group.gather((sent, sum(exchange.messages_sent for exchange in exchanges)))
-    counted: Indices = np.stack([bytes_sent for bytes_sent, _ in counts], axis=1)
-    predicted = predicted_bytes(layers, samples)
-    batches = -(-samples // job.batch_size)
-    report = {
-        "samples": samples,
-        "batches": batches,
-        "seconds": seconds,
-        "messages_per_batch": sum(messages for _, messages in counts) // max(batches, 1),
-        "bytes_sent": counted.sum(axis=0).tolist(),
-        "bytes_predicted": predicted.sum(axis=0).tolist(),
-        "layers": [
-            {"name": layer.name, "bytes_sent": ours.tolist(), "bytes_predicted": plans.tolist()}
-            for layer, ours, plans in zip(layers, counted, predicted, strict=True)
-        ],
-        "outputs_gathered_on_worker_0": len(np.unique(job.output.places)) > 1,
-        "note": "bytes_sent is counted from the tensors handed to torch.distributed, row: source, column: target; "
-        "gathering outputs that several workers own is not part of it",
-    }
-    return report, byte_mismatch(layers, counted, predicted)
+def _traffic(job: Job, seconds: float) -> dict[str, Any]:
+    """The report of what was sent. Raises SharedError where that is not what the plan predicts."""
+    report, fault = traffic_report(job, seconds)
+    if fault is not None:
+        raise group.SharedError(fault)
+    return report
 
 
-def _assemble(job: Job, outputs: NDArray[Any]) -> NDArray[Any] | None:
-    """All outputs, (samples, …), on their only owner, or on worker 0 if they have several; None elsewhere."""
-    owners = np.unique(job.output.places).tolist()
-    writer = owners[0] if len(owners) == 1 else 0
-    if job.rank != writer:
-        if job.rank in owners and outputs.size:
-            group.send(torch.from_numpy(outputs), writer)
-        return None
-    shape = (len(job.output.places), *outputs.shape[1:])
-    assembled = np.empty(shape, dtype=job.manifest.dtype)
-    for owner in owners:
-        part = outputs
-        if owner != job.rank:
-            part = np.empty(_shape(job, owner), dtype=job.manifest.dtype)
-            if part.size:
-                group.receive(torch.from_numpy(part), owner)
-        assembled[job.output.held(owner)] = part
-    return np.ascontiguousarray(np.moveaxis(assembled, 0, job.output.axis))
-
-
-def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with partial.open("wb") as file:
-            write(file)
-        partial.replace(path)
-    except OSError as error:
-        raise RepurposeError(f"{path}: cannot be written ({error.strerror})") from None
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _print_error(error: RepurposeError) -> None:
-    print(f"{ERROR_PREFIX}{error}", file=sys.stderr, flush=True)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="torchrun --nproc-per-node=P -m repurpose_opt.runtime.worker",
-        description="One worker of a plan. torchrun starts one for each of the plan's P workers.",
-    )
-    parser.add_argument("plan", type=Path, metavar="PLAN", help="folder of the plan")
-    parser.add_argument("--input", type=Path, required=True, metavar="FILE", help=".npy, (samples, …)")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help=".npy to write, (samples, …)")
-    parser.add_argument(
-        "--batch-size", type=_positive(int), default=256, metavar="N", help="samples at once (%(default)s)"
-    )
-    parser.add_argument(
-        "--report",
-        type=Path,
-        metavar="FILE",
-        help="JSON to write: seconds and bytes for each pair of workers",
-    )
-    parser.add_argument(
-        "--timeout",
-        type=_positive(float),
-        default=300.0,
-        metavar="SECONDS",
-        help="give up when another worker is silent for so long (%(default)g)",
-    )
-    return parser
-
-
-def _positive(kind: type[int] | type[float]) -> Any:
-    def convert(text: str) -> int | float:
-        value = kind(text)
-        if not 0 < value < float("inf"):
-            raise ValueError
-        return value
-
-    convert.__name__ = f"{kind.__name__} > 0"
-    return convert
+def _write_report(path: Path | None, report: dict[str, Any]) -> None:
+    if path is not None:
+        write_whole(path, lambda file: file.write(json.dumps(report, indent=1).encode()))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,103 @@
+"""What one worker of a plan has to run, and what it counted when it has."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from repurpose_opt.runtime import group
+from repurpose_opt.runtime.agreement import Readiness, byte_mismatch, predicted_bytes
+from repurpose_opt.runtime.inputs import Reader
+from repurpose_opt.runtime.layer import Indices, PlannedLayer
+from repurpose_opt.runtime.local import Part
+from repurpose_opt.runtime.manifest import Manifest
+from repurpose_opt.runtime.splits import Split
+from repurpose_opt.runtime.transport import start
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """All that one worker needs to run."""
+
+    rank: int
+    manifest: Manifest
+    part: Part
+    reader: Reader
+    files: tuple[NDArray[Any], ...]
+    """(samples, …) each, memory-mapped: what this worker reads its part of by itself."""
+    batch_size: int
+    mode: str
+    """How the workers get their inputs, in words; the same for all."""
+    batches: Counter[int] = field(default_factory=Counter)
+    """How many batches of so many samples have been run."""
+
+    @property
+    def output(self) -> Split:
+        return self.manifest.splits[self.manifest.steps[-1].name]
+
+    @property
+    def layers(self) -> tuple[PlannedLayer, ...]:
+        """Those with an exchange, in order."""
+        names = {exchange.name for exchange in self.part.exchanges}
+        return tuple(layer for layer in self.manifest.layers if layer.name in names)
+
+    def readiness(self) -> Readiness:
+        exchanges = self.part.exchanges
+        return Readiness(
+            digest=self.manifest.digest(),
+            mode=self.mode,
+            inputs=tuple(inputs.shape for inputs in self.files),
+            batch_size=self.batch_size,
+            sent_counts=tuple(tuple(exchange.sent_counts) for exchange in exchanges),
+            received_counts=tuple(tuple(exchange.received_counts) for exchange in exchanges),
+        )
+
+    @torch.inference_mode()
+    def run(self, values: torch.Tensor, samples: int) -> NDArray[Any]:
+        """From the part of the inputs that this worker holds to the outputs that it computes.
+
+        (places held, samples, *positions) both; at most `batch_size` samples.
+        """
+        self.batches[samples] += 1
+        return np.ascontiguousarray(self.part.run(values, samples, start).numpy())
+
+
+def traffic_report(job: Job, seconds: float) -> tuple[dict[str, Any], str | None]:
+    """What all workers have sent, and the pair whose counted bytes are not the predicted ones.
+
+    Every worker calls this at the same point. `seconds` is the time that the batches took.
+    """
+    exchanges = job.part.exchanges
+    sent = np.array([exchange.bytes_sent for exchange in exchanges])
+    counts = group.gather((sent, sum(exchange.messages_sent for exchange in exchanges)))
+    counted: Indices = np.stack([bytes_sent for bytes_sent, _ in counts], axis=1)
+    predicted = _predicted(job.layers, job.batches)
+    batches = job.batches.total()
+    report = {
+        "samples": sum(samples * count for samples, count in job.batches.items()),
+        "batches": batches,
+        "seconds": seconds,
+        "messages_per_batch": sum(messages for _, messages in counts) // max(batches, 1),
+        "bytes_sent": counted.sum(axis=0).tolist(),
+        "bytes_predicted": predicted.sum(axis=0).tolist(),
+        "layers": [
+            {"name": layer.name, "bytes_sent": ours.tolist(), "bytes_predicted": plans.tolist()}
+            for layer, ours, plans in zip(job.layers, counted, predicted, strict=True)
+        ],
+        "outputs_gathered_on_worker_0": len(np.unique(job.output.places)) > 1,
+        "note": "bytes_sent is counted from the tensors handed to torch.distributed, row: source, column: target; "
+        "gathering outputs that several workers own is not part of it",
+    }
+    return report, byte_mismatch(job.layers, counted, predicted)
+
+
+def _predicted(layers: tuple[PlannedLayer, ...], batches: Mapping[int, int]) -> Indices:
+    """(layers, P, P) bytes of so many batches of so many samples."""
+    nothing = predicted_bytes(layers, 0)
+    return sum((predicted_bytes(layers, samples) * count for samples, count in batches.items()), nothing)
