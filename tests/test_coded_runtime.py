@@ -37,7 +37,10 @@ def test_an_exchange_step_hands_over_the_encoded_numbers(kinds: str, batch: int)
     for k in range(4):
 
         def start(received: torch.Tensor, _: Any, __: Any, ___: Any, ____: bool, k: int = k) -> Wait:
-            return lambda: torch.cat([parts[source][k] for source in range(4)], out=received)
+            def wait() -> None:
+                torch.cat([parts[source][k] for source in range(4)], out=received)
+
+            return wait
 
         steps[k].begin(held[k], start)
         inputs = torch.cat([held[k], steps[k].end(batch)])

@@ -28,6 +28,7 @@ from repurpose_opt.runtime.launch import RunResult, loopback, run_plan
 from repurpose_opt.runtime.manifest import Manifest
 from repurpose_opt.runtime.members import Member
 from repurpose_opt.runtime.plan import Plan
+from repurpose_opt.runtime.simulate import simulate
 from repurpose_opt.runtime.transport import Wait
 
 P = 3
@@ -60,7 +61,10 @@ def test_an_exchange_step_hands_over_exactly_the_messages(batch: int) -> None:
     for k in range(P):
 
         def start(received: torch.Tensor, _: Any, __: Any, ___: Any, ____: bool, k: int = k) -> Wait:
-            return lambda: torch.cat([parts[source][k] for source in range(P)], out=received)
+            def wait() -> None:
+                torch.cat([parts[source][k] for source in range(P)], out=received)
+
+            return wait
 
         steps[k].begin(held[k], start)
         inputs = torch.cat([held[k], steps[k].end(batch)])
@@ -95,6 +99,10 @@ def test_workers_that_agree() -> None:
             [Readiness(mode="--serve --feed rank0"), Readiness(mode="a run over one file")],
             "the way to get inputs (--serve, --listen, --feed) of worker 1 is a run over one file, "
             "that of worker 0 is --serve --feed rank0",
+        ),
+        (
+            [Readiness(wire="int8"), Readiness(wire="float16")],
+            "the wire of worker 1 is float16, that of worker 0 is int8",
         ),
         (
             [Readiness(sent_counts=((0, 2),), received_counts=((0, 1),)),
@@ -273,13 +281,17 @@ class Runs:
         (self.folder / "broken.npy").write_bytes((self.folder / "good.npy").read_bytes()[:200])
 
     def add(self, name: str, plan: str = "good", inputs: str = "good", output: str = "", **options: Any) -> None:
-        """Options: `odd`, the plan that worker 1 is given; `timeout` in seconds; `sabotage`, see `_sabotage`."""
+        """Options: `odd` and `odd_wire`, what worker 1 is given; `wire`; `timeout` in seconds; `sabotage`, a kind."""
         files = [f"--input={self.folder / inputs}.npy", f"--output={self.folder / (output or name)}.out.npy"]
         files += [f"--report={self.folder / (output or name)}.json", "--batch-size=7"]
         files += [f"--timeout={options.get('timeout', TIMEOUT)}"]
         plans = {rank: str(self.folder / plan) for rank in range(P)}
         plans[1] = str(self.folder / options.get("odd", plan))
+        wires = dict.fromkeys(range(P), options.get("wire", "float64"))
+        wires[1] = options.get("odd_wire", wires[1])
         arguments = [[plans[rank], *files] for rank in range(P)]
+        for rank, given in enumerate(arguments):
+            given += [f"--wire={wires[rank]}"] if wires[rank] != "float64" else []
         self.runs.append({"name": name, "arguments": arguments, "sabotage": options.get("sabotage"), "port": _port()})
 
     def start(self) -> list[int]:
@@ -322,6 +334,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     runs.add("incomplete", plan="incomplete")
     runs.add("no-plan", plan="nowhere")
     runs.add("two-plans", odd="other")
+    runs.add("int8", wire="int8")
+    runs.add("two-wires", odd_wire="float16")
     for name in ("nan", "narrow", "text", "broken", "missing"):
         runs.add(name, inputs=name)
     runs.add("no-folder", output="nowhere/file")
@@ -369,7 +383,20 @@ def test_the_only_owner_of_the_outputs_writes_them(runs: Runs) -> None:
     assert runs.report("answer-on-2")["outputs_gathered_on_worker_0"] is False
 
 
+def test_messages_in_fewer_bits(runs: Runs) -> None:
+    assert runs.codes["int8"] == [0] * P
+    ran = simulate(runs.plan, samples(SAMPLES, 11), batch_size=7, wire="int8")
+    outputs, report = np.load(runs.folder / "int8.out.npy"), runs.report("int8")
+    assert np.abs(outputs - ran.outputs).max() <= 1e-12
+    assert report["wire"] == "int8"
+    assert report["bytes_sent"] == report["bytes_predicted"] == ran.bytes_sent.tolist()
+    errors = [layer["wire_nmse"] for layer in report["layers"]]
+    assert all(0 < error < 1e-3 for error in errors)
+    assert [layer["wire_nmse"] for layer in runs.report("several-owners")["layers"]] == [0.0, 0.0]
+
+
 FAILURES = {
+    "two-wires": "the wire of worker 1 is float16, that of worker 0 is float64",
     "incomplete": "worker 1: {folder}/incomplete/worker-1.safetensors: missing; a plan for 3 workers has one for each",
     "no-plan": "{folder}/nowhere/manifest.json: missing; a plan folder has one",
     "two-plans": "the plan (SHA-256 of its manifest) of worker 1 is ",

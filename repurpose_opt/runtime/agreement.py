@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from repurpose_opt.runtime.layer import Indices, PlannedLayer
 from repurpose_opt.runtime.members import Member
+from repurpose_opt.runtime.wire import traffic
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,10 @@ class Readiness:
     """(layers, P) numbers that it is about to send to each worker for one sample."""
     received_counts: tuple[tuple[int, ...], ...] = ()
     """(layers, P) numbers that it expects from each worker for one sample."""
+    wire: str = ""
+    """What messages are written in."""
+    device: str = ""
+    """cpu or cuda."""
 
 
 def disagreement(workers: Sequence[Readiness]) -> str | None:
@@ -60,9 +65,9 @@ def byte_mismatch(layers: Sequence[PlannedLayer], counted: Indices, predicted: I
     )
 
 
-def predicted_bytes(layers: Sequence[PlannedLayer], samples: int) -> Indices:
-    """(layers, P, P) bytes that the plan predicts for so many samples."""
-    return np.array([layer.traffic() for layer in layers]) * samples
+def predicted_bytes(layers: Sequence[PlannedLayer], samples: int, wire: str) -> Indices:
+    """(layers, P, P) bytes that the plan predicts for one batch of so many samples."""
+    return np.array([traffic(layer, samples, wire) for layer in layers])
 
 
 def _errors(workers: Sequence[Readiness]) -> str | None:
@@ -82,6 +87,8 @@ def _difference(workers: Sequence[Readiness]) -> str | None:
         "mode": "way to get inputs (--serve, --listen, --feed)",
         "inputs": "input (samples, …)",
         "batch_size": "batch size",
+        "wire": "wire",
+        "device": "device",
     }
     for field, meaning in meanings.items():
         values = [getattr(worker, field) for worker in workers]

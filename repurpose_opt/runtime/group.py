@@ -56,14 +56,16 @@ def rank_and_size() -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def process_group(timeout: float, store: Store | None = None) -> Iterator[None]:
+def process_group(timeout: float, store: Store | None = None, device: str = "cpu") -> Iterator[None]:
     """Connect to the others; no call waits for another process longer than `timeout` seconds.
 
-    `store`: where the processes find each other; None: that of MASTER_ADDR and MASTER_PORT. Raises LostContact.
+    Tensors of the processor go by gloo; with `device` "cuda", those of a GPU by NCCL. `store`: where the processes find
+    each other; None: that of MASTER_ADDR and MASTER_PORT. Raises LostContact.
     """
     rank, size = rank_and_size()
     with contact("connect to the other workers"):
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
+        backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
     try:
         yield
     finally:

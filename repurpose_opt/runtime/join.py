@@ -30,8 +30,8 @@ class Unheard(RepurposeError):
 
 
 @contextlib.contextmanager
-def joined(timeout: float, stop: StopSignal) -> Iterator[Watch]:
-    """Join the run that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe.
+def joined(timeout: float, stop: StopSignal, device: str = "cpu") -> Iterator[Watch]:
+    """Join the run that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe; `device` is cpu or cuda.
 
     No call waits for another process longer than `timeout` seconds. An error within is settled with the other workers:
     on one of them it becomes the line to print, on the others Unheard. Raises RepurposeError.
@@ -41,7 +41,7 @@ def joined(timeout: float, stop: StopSignal) -> Iterator[Watch]:
     members = meeting.members(store)
     watch = Watch(store, meeting.keeper, members, meeting.rank, timeout)
     try:
-        with group.process_group(timeout, PrefixStore("gloo", store)):
+        with group.process_group(timeout, PrefixStore("gloo", store), device):
             try:
                 yield watch
             except RepurposeError as error:

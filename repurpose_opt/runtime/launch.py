@@ -22,6 +22,7 @@ from repurpose_opt.errors import InvalidArgument, RepurposeError
 from repurpose_opt.runtime.client import Client
 from repurpose_opt.runtime.console import ERROR_PREFIX
 from repurpose_opt.runtime.layer import Indices
+from repurpose_opt.runtime.options import WIRES
 from repurpose_opt.runtime.storage import read_manifest, read_worker
 
 INPUT, OUTPUT, REPORT, SOCKET = "input.npy", "output.npy", "report.json", "socket"
@@ -48,12 +49,18 @@ class RunResult:
 
 
 def run_plan(
-    directory: str | Path, inputs: NDArray[Any], *, batch_size: int = 256, timeout: float = 300.0
+    directory: str | Path,
+    inputs: NDArray[Any],
+    *,
+    batch_size: int = 256,
+    timeout: float = 300.0,
+    wire: str | None = None,
 ) -> RunResult:
     """Start torchrun on the loopback interface with one process for each worker of the plan, and wait for the answer.
 
-    `inputs` is (samples, *input_shape). Raises PlanError for a damaged plan, RepurposeError with the worker's own line
-    where a worker fails or the whole run takes longer than `timeout` seconds. The processes end before the call does.
+    `inputs` is (samples, *input_shape); `wire` what messages are written in: float32, float16, bfloat16 or int8, None
+    as the plan's weights. Raises PlanError for a damaged plan, RepurposeError with the worker's own line where a worker
+    fails or the whole run takes longer than `timeout` seconds. The processes end before the call does.
     """
     plan = Path(directory)
     n_workers = _checked(plan, batch_size, timeout)
@@ -61,7 +68,7 @@ def run_plan(
         folder = Path(name)
         np.save(folder / INPUT, inputs, allow_pickle=False)
         options = [f"--input={folder / INPUT}", f"--output={folder / OUTPUT}", f"--report={folder / REPORT}"]
-        options += [f"--batch-size={batch_size}", f"--timeout={timeout}"]
+        options += [f"--batch-size={batch_size}", f"--timeout={timeout}", *_wire(wire)]
         torchrun = _Torchrun(plan, n_workers, folder, options)
         try:
             torchrun.process.wait(timeout)
@@ -95,12 +102,14 @@ class Service:
         batch_size: int = 256,
         timeout: float = 300.0,
         max_restarts: int = 0,
+        wire: str | None = None,
     ) -> None:
         """Start torchrun with one process for each worker of the plan.
 
         A batch of more than `batch_size` samples is cut into pieces. `timeout` in seconds: for one answer, the start
         of the processes included; a third of it is how long a worker waits for a silent one. `max_restarts`: how often
-        all workers are started again after one of them failed. Raises PlanError for a damaged plan.
+        all workers are started again after one of them failed. `wire` as for `run_plan`. Raises PlanError for a damaged
+        plan.
         """
         plan = Path(directory)
         n_workers = _checked(plan, batch_size, timeout)
@@ -111,7 +120,7 @@ class Service:
         self._folder = tempfile.TemporaryDirectory(prefix="repurpose-opt-")
         folder = Path(self._folder.name)
         options = ["--serve", f"--listen={folder / SOCKET}", f"--report={folder / REPORT}"]
-        options += [f"--batch-size={batch_size}", f"--timeout={timeout * SILENCE_SHARE}"]
+        options += [f"--batch-size={batch_size}", f"--timeout={timeout * SILENCE_SHARE}", *_wire(wire)]
         self.address = str(folder / SOCKET)
         """Where other clients can ask; only this user may."""
         self._torchrun = _Torchrun(plan, n_workers, folder, options, max_restarts)
@@ -141,6 +150,12 @@ class Service:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+
+
+def _wire(name: str | None) -> list[str]:
+    if name is not None and name not in WIRES:
+        raise InvalidArgument("wire", repr(name), f"None, {', '.join(WIRES)}")
+    return [] if name is None else [f"--wire={name}"]
 
 
 def _checked(plan: Path, batch_size: int, timeout: float) -> int:

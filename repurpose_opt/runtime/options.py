@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+WIRES = ("float32", "float16", "bfloat16", "int8")
 PLAIN = "torchrun --nproc-per-node=P --no-python repurpose-opt worker"
 
 EPILOG = f"""\
@@ -48,6 +49,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--batch-size", type=_positive(int), default=256, metavar="N", help="samples at once (%(default)s)"
+    )
+    parser.add_argument("--wire", choices=WIRES, help="what messages are written in; default: the plan's dtype")
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="cuda: GPU number LOCAL_RANK, messages by NCCL (%(default)s)",
     )
     parser.add_argument(
         "--report", type=Path, metavar="FILE", help="JSON to write: seconds and bytes for each pair of workers"

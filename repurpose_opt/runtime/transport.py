@@ -44,7 +44,9 @@ def _to_peers(
     received: torch.Tensor, sent: torch.Tensor, received_counts: Sequence[int], sent_counts: Sequence[int]
 ) -> list[dist.Work | None]:
     # gloo ends a send only when its receive is posted: receives go first, so that no two workers wait for each other.
+    # NCCL needs all calls of an exchange in one batch for the same reason.
     sources = zip(received.split(list(received_counts)), range(len(received_counts)), strict=True)
     targets = zip(sent.split(list(sent_counts)), range(len(sent_counts)), strict=True)
-    receives = [dist.irecv(rows, source) for rows, source in sources if len(rows)]
-    return receives + [dist.isend(rows, target) for rows, target in targets if len(rows)]
+    calls = [dist.P2POp(dist.irecv, rows, source) for rows, source in sources if len(rows)]
+    calls += [dist.P2POp(dist.isend, rows, target) for rows, target in targets if len(rows)]
+    return list(dist.batch_isend_irecv(calls)) if calls else []

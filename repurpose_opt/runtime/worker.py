@@ -28,15 +28,17 @@ from repurpose_opt.runtime.faults import Watch
 from repurpose_opt.runtime.feed import Files, Listener, Pipe, Source, targets_of
 from repurpose_opt.runtime.graph import INPUT
 from repurpose_opt.runtime.inputs import open_inputs, reader_of
-from repurpose_opt.runtime.job import Job, traffic_report
+from repurpose_opt.runtime.job import Job, device_of, on, traffic_report
 from repurpose_opt.runtime.join import Unheard, joined
 from repurpose_opt.runtime.local import Part, part_of
 from repurpose_opt.runtime.manifest import DTYPES, Manifest
 from repurpose_opt.runtime.options import EPILOG, add_options, check_options
 from repurpose_opt.runtime.outputs import assembled, write_whole
 from repurpose_opt.runtime.service import Front, follow
+from repurpose_opt.runtime.sparse import sparse_where_faster
 from repurpose_opt.runtime.stop import StopSignal, stop_signals
 from repurpose_opt.runtime.storage import Tensors, read_manifest, read_worker
+from repurpose_opt.runtime.wire import Wire, wire_of
 
 SECONDS_TO_HAND_ON = 5.0
 """For clients to fetch their last answers."""
@@ -59,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(arguments: argparse.Namespace) -> int:
     """The same with options that have been read."""
     try:
-        with stop_signals() as stop, joined(arguments.timeout, stop) as watch:
+        with stop_signals() as stop, joined(arguments.timeout, stop, arguments.device) as watch:
             return _run_or_tell(arguments, stop, watch)
     except Unheard:
         return 1
@@ -126,13 +128,19 @@ def prepare(arguments: argparse.Namespace, rank: int, size: int) -> Job:
     if not arguments.serve:
         batch_size = max(1, min(batch_size, len(files[0])))
     mode = f"--serve --feed {arguments.feed}" if arguments.serve else "a run over one file"
-    return Job(rank, manifest, build_part(manifest, rank, tensors, batch_size), reader, files, batch_size, mode)
+    device = device_of(arguments.device)
+    wire = wire_of(arguments.wire, DTYPES[manifest.dtype])
+    with on(device):
+        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+        part = build_part(manifest, rank, tensors, batch_size, wire)
+    return Job(rank, manifest, part, reader, files, batch_size, mode, wire, device)
 
 
-def build_part(manifest: Manifest, rank: int, tensors: Tensors, batch_size: int) -> Part:
-    """The steps of this worker."""
+def build_part(manifest: Manifest, rank: int, tensors: Tensors, batch_size: int, wire: Wire | None = None) -> Part:
+    """The steps of this worker, for batches of at most so many samples."""
     dtype = DTYPES[manifest.dtype]
-    return part_of(manifest.graph, manifest.layers, manifest.splits, rank, tensors, batch_size, dtype)
+    part = part_of(manifest.graph, manifest.layers, manifest.splits, rank, tensors, batch_size, dtype, wire)
+    return sparse_where_faster(part, batch_size)
 
 
 def source_of(arguments: argparse.Namespace, desk: Desk, manifest: Manifest) -> Source:
