@@ -179,6 +179,7 @@ def test_what_is_said_of_a_plan_is_what_it_is(run: Run, made: Path, tmp_path: Pa
     assert [worker["macs"] for worker in workers] == plan.worker_macs().tolist()
     for name in ("bytes_sent", "bytes_received"):
         assert sum(worker[name] for worker in workers) == found["volume"] == plan.volume
+    assert [worker["memory_in_use"] for worker in workers] == [memory.total for memory in plan.memory(256)]
     for worker in workers:
         stored = load_file(tmp_path / "plan" / f"worker-{worker['worker']}.safetensors")
         assert worker["memory"] == sum(tensor.nbytes for tensor in stored.values())

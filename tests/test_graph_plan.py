@@ -589,6 +589,26 @@ def test_a_module_does_not_work_in_place_on_what_others_read() -> None:
         Plan(Graph(named).eval(), (layer,), P, 0, {}, owner, (3, 4))
 
 
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_what_works_in_place_does_not_reach_the_weights(batch_size: int) -> None:
+    """A worker without an input of a convolution has its bias alone, and an activation in place behind it."""
+    steps = chain(
+        ("c", nn.Conv2d(2, 4, 2)), ("a", nn.LeakyReLU(inplace=True)), ("f", nn.Flatten()), ("l", nn.Linear(4, 2))
+    )
+    owners = {"c": np.array([0, 1, 0, 1]), "l": np.zeros(2, dtype=np.int64)}
+    plan = hand_made(Model(steps, (2, 2, 2), np.zeros(2, dtype=np.int64), owners), density=1.0)
+    convolution = plan.product(plan.layers[0])
+    assert convolution.bias is not None
+    with torch.no_grad():
+        convolution.weight[[1, 3]] = 0
+        convolution.bias[[1, 3]] = torch.tensor([-100.0, -50.0])
+    plan = replace(plan, layers=(replace(plan.layers[0], messages={}), *plan.layers[1:]))
+    inputs = np.random.default_rng(0).normal(size=(5, 2, 2, 2)).astype(np.float32)
+    with torch.no_grad():
+        expected = plan.model(torch.from_numpy(inputs)).numpy()
+    assert np.abs(simulate(plan, inputs, batch_size=batch_size).outputs - expected).max() <= 1e-5
+
+
 def test_tensors_that_are_split_along_different_axes_are_not_added() -> None:
     owner = np.zeros(6, dtype=np.int64)
     graph = Graph(

@@ -225,6 +225,21 @@ def test_an_interrupted_save_leaves_the_plan_before(folder: Path, monkeypatch: p
     assert [path.name for path in folder.parent.iterdir()] == ["plan"]
 
 
+def test_a_plan_that_cannot_take_its_place_leaves_the_old_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename = Path.rename
+
+    def full(path: Path, target: Path) -> Path:
+        if path.name.endswith(".new"):
+            raise OSError("no space left")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises(OSError, match="no space left"):
+        random_plan(mlp([13, 5]), 2, seed=1).save(folder)
+    assert Plan.load(folder).n_workers == 3
+    assert [path.name for path in folder.parent.iterdir()] == ["plan"]
+
+
 # Damaged folders
 
 

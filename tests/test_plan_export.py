@@ -346,6 +346,9 @@ def test_errors_say_what_is_allowed(run: Run, monkeypatch: pytest.MonkeyPatch) -
     assert "empty, a folder without manifest.json" in failed(*run("empty", *to, "out"))
     assert "--output: got " in (message := failed(*run("plan", *to, "full")))
     assert "full, which holds mine.txt" in message
+    Path("mine").mkdir()
+    Path("mine/README.md").write_text("precious")  # a name of ours, but no export
+    assert "mine, which holds README.md" in failed(*run("plan", *to, "mine"))
     assert "--output: got " in (message := failed(*run("plan", *to, "nowhere/out")))
     assert "in a folder that does not exist" in message
     for arguments, wrong in (

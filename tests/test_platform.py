@@ -382,6 +382,33 @@ def zoo() -> list[Model]:
     ]
 
 
+@pytest.mark.parametrize(
+    ("numbers", "batch_size", "message"),
+    [
+        ({"bandwidth": 1e-10}, 1, r"platform: got a step of \S+ s; allowed: steps of at most"),
+        ({"operations": 1e-10}, 1, r"platform: got a step of \S+ s; allowed: steps of at most"),
+        ({"overhead": 1e10}, 1, r"platform: got a step of \S+ s; allowed: steps of at most"),
+        ({}, 10**20, r"batch_size: got 10+; allowed: a whole number in 1 …"),
+    ],
+)
+def test_times_beyond_all_measure_are_refused(numbers: dict[str, float], batch_size: int, message: str) -> None:
+    steps = chain(("fc", nn.Linear(7, 5)))
+    plan = hand_made(Model(steps, (7,), spread(7), {"fc": spread(5, 1)}), density=1.0)
+    platform = Platform.of("slow", 3, **{"operations": 1e9, "bandwidth": 1e6} | numbers)
+    with pytest.raises(InvalidArgument, match=message):
+        simulate(plan.manifest(), platform, batch_size)
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_diagonal_of_the_links_says_nothing() -> None:
+    steps = chain(("fc", nn.Linear(7, 5)))
+    manifest = hand_made(Model(steps, (7,), spread(7), {"fc": spread(5, 1)}), density=1.0).manifest()
+    links = np.full((3, 3), 1e6)
+    expected = simulate(manifest, Platform.of("even", 3, operations=1e9, bandwidth=links))
+    np.fill_diagonal(links, 0.0)
+    assert simulate(manifest, Platform.of("no self", 3, operations=1e9, bandwidth=links)).total == expected.total
+
+
 @pytest.fixture(scope="module")
 def plans() -> list[Plan]:
     return [hand_made(model) for model in zoo()]

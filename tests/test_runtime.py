@@ -51,22 +51,28 @@ def expected(plan: Plan, inputs: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 # One exchange step, in this process
 
 
+@pytest.mark.parametrize("workers", [[[0, 1, 2], [0, 1, 2]], [[0, 1, 2], [0]]])
 @pytest.mark.parametrize("batch", [5, 2, 0])
-def test_an_exchange_step_hands_over_exactly_the_messages(batch: int) -> None:
-    layer = random_plan(mlp([13, 8]), P).layers[0]
+def test_an_exchange_step_hands_over_exactly_the_messages(batch: int, workers: list[list[int]]) -> None:
+    layer = random_plan(mlp([13, 8]), P, workers=workers).layers[0]
+    is_all_to_all: list[bool] = []
     values = torch.randn(13, batch)
     steps = [ExchangeStep(layer, k, 5, torch.float32) for k in range(P)]
     held = [values[layer.held(k)] for k in range(P)]
     parts = [steps[k].encode(held[k]).clone().split(steps[k].sent_counts) for k in range(P)]
     for k in range(P):
 
-        def start(received: torch.Tensor, _: Any, __: Any, ___: Any, ____: bool, k: int = k) -> Wait:
+        def start(received: torch.Tensor, _: Any, __: Any, ___: Any, every_pair: bool, k: int = k) -> Wait:
+            is_all_to_all.append(every_pair)
+
             def wait() -> None:
                 torch.cat([parts[source][k] for source in range(P)], out=received)
 
             return wait
 
+        is_all_to_all.clear()
         steps[k].begin(held[k], start)
+        assert is_all_to_all == [len(layer.messages) == P * (P - 1)]
         inputs = torch.cat([held[k], steps[k].end(batch)])
         assert torch.equal(inputs, values[layer.columns(k)])
         assert np.array_equal(steps[k].bytes_sent, layer.traffic()[k] * batch)

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from test_graph_plan import SAVED, built, inputs_of
 from test_plan import mlp, random_plan
 
-from repurpose_opt.errors import InvalidArgument
+from repurpose_opt.errors import InvalidArgument, RepurposeError
+from repurpose_opt.runtime.exchange import ExchangeStep
 from repurpose_opt.runtime.simulate import simulate
 from repurpose_opt.runtime.wire import WIRES, traffic, wire_of
 
@@ -91,6 +92,37 @@ def test_bytes_are_the_predicted_and_answers_near(name: str, wire: str) -> None:
     assert np.array_equal(ran.bytes_sent, predicted)
     exact = simulate(plan, inputs, batch_size=4).outputs
     assert np.abs(ran.outputs - exact).max() <= (0.0 if wire == "float32" else 0.1 * np.abs(exact).max())
+
+
+@pytest.mark.parametrize("wire", NARROW)
+def test_no_samples_give_no_outputs(wire: str) -> None:
+    plan = random_plan(mlp([13, 11, 5]), 3)
+    assert simulate(plan, np.zeros((0, 13)), wire=wire).outputs.shape == (0, 5)
+
+
+def test_a_number_too_large_for_the_wire_ends_the_run() -> None:
+    plan = random_plan(mlp([13, 11, 5]), 3)
+    inputs = np.full((4, 13), 1e6)
+    with pytest.raises(RepurposeError, match=r"layer '0': the wire float16 has no number as large as 1e\+06; allowed"):
+        simulate(plan, inputs, wire="float16")
+    for wire in ("bfloat16", "int8"):
+        assert np.isfinite(simulate(plan, inputs, wire=wire).outputs).all()
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_the_error_of_the_first_batch_is_measured_in_double_precision(scale: float) -> None:
+    layer = random_plan(mlp([13, 8]), 3).layers[0]
+    values = (torch.randn(13, 6, generator=torch.Generator().manual_seed(0)) * scale).half()
+    squares = np.zeros(2)
+    for worker in range(3):
+        step = ExchangeStep(layer, worker, 6, torch.float16, wire=WIRES["int8"])
+        for batch in (values, values * 0):
+            step.begin(batch[layer.held(worker)], lambda *_: lambda: None)
+        squares += step.squares.numpy()
+        exact = step.encode(values[layer.held(worker)]).float().numpy()
+        rounded = arrived("int8", exact).astype(np.float16).astype(np.float64)
+        squares -= [np.square(rounded - exact).sum(), np.square(exact.astype(np.float64)).sum()]
+    np.testing.assert_allclose(squares, 0, atol=1e-5 * scale**2)
 
 
 def test_statistics_of_a_norm_are_never_rounded() -> None:

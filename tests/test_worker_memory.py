@@ -18,9 +18,9 @@ from repurpose_opt.runtime.local import LinearStep, Part, part_of
 from repurpose_opt.runtime.memory import message_bytes
 from repurpose_opt.runtime.plan import Plan
 from repurpose_opt.runtime.simulate import simulate
-from repurpose_opt.runtime.sparse import sparse_where_faster
+from repurpose_opt.runtime.sparse import is_faster_sparse, sparse_where_faster
 from repurpose_opt.runtime.storage import tensor_key
-from repurpose_opt.runtime.wire import wire_of
+from repurpose_opt.runtime.wire import Wire, wire_of
 
 
 def part(plan: Plan, worker: int, batch_size: int, wire: str | None = None) -> Part:
@@ -51,8 +51,8 @@ def test_memory_of_a_perceptron_counted_by_hand() -> None:
         widths = [len(first.held(worker)), len(first.rows(worker)), len(second.rows(worker))]
         weights = [len(layer.rows(worker)) * (len(layer.columns(worker)) + 1) for layer in plan.layers]
         assert memory.weights == 4 * sum(weights)
-        # Input and hidden layer, hidden layer before and after its activation, hidden layer and output.
-        assert memory.activations == 4 * 7 * max(widths[0] + widths[1], 2 * widths[1], widths[1] + widths[2])
+        # The input is there to the end; the hidden layer before and after its activation, then it and the output.
+        assert memory.activations == 4 * 7 * (widths[0] + max(2 * widths[1], widths[1] + widths[2]))
         assert memory.total == memory.weights + memory.messages + memory.activations
 
 
@@ -73,6 +73,22 @@ def test_few_nonzeros_are_kept_in_compressed_rows_and_answer_alike(samples: int,
     np.testing.assert_allclose(simulate(plan, inputs, batch_size=samples).outputs, expected, atol=1e-5)
 
 
+def test_ids_that_every_worker_reads_count_whole() -> None:
+    model, plan = built("transformer")
+    assert plan.splits[INPUT].layout is None
+    tokens = int(np.prod(model.input_shape))
+    embedded = [len(plan.splits[plan.graph.steps[0].name].held(worker)) for worker in range(plan.n_workers)]
+    for memory, size in zip(plan.memory(3), embedded, strict=True):
+        assert memory.activations >= 3 * (8 * tokens + 4 * tokens * size)
+
+
+def test_compressed_rows_are_for_what_pytorch_multiplies_in_them() -> None:
+    weight = torch.zeros(600, 600)
+    assert is_faster_sparse(weight, 300)
+    assert not is_faster_sparse(weight.half(), 300)
+    assert not is_faster_sparse(weight.bfloat16(), 300)
+
+
 class OnlyMeta(TorchDispatchMode):
     """Fails at an operation that meets a tensor of the processor."""
 
@@ -83,8 +99,9 @@ class OnlyMeta(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", SAVED)
-def test_a_part_makes_every_tensor_on_its_device(name: str) -> None:
-    """Shown on PyTorch's device without memory."""
+def test_a_part_makes_every_tensor_on_its_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shown on PyTorch's device without memory, where no number can be looked at."""
+    monkeypatch.setattr(Wire, "is_finite", lambda *_: True)
     model, plan = built(name)
     output = plan.splits[plan.graph.steps[-1].name]
     inputs = checked_inputs("inputs", inputs_of(model, 4), plan.graph, plan.input_shape)

@@ -17,6 +17,7 @@ from functools import cached_property
 from typing import Literal, TypeAlias, get_args
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from repurpose_opt.errors import InvalidArgument
 from repurpose_opt.platform.machine import Numbers, Platform
@@ -29,6 +30,8 @@ Kind: TypeAlias = Literal["compute", "overhead", "send", "wait"]
 
 NANOSECONDS = 1e9
 """In a second."""
+_LONGEST = 1e15
+"""Nanoseconds of one step: int64 holds the sum of thousands."""
 PEAK_UNIT, MEMORY_UNIT = 1e12, 1e9
 """Operations and bytes a second in which ASTRA-sim's configuration is written."""
 
@@ -189,7 +192,7 @@ def step_times(work: Sequence[Work], platform: Platform, sends: Sends = "serial"
     """The times of each step. Raises InvalidArgument for other sends than serial and parallel."""
     if sends not in get_args(Sends):
         raise InvalidArgument("sends", repr(sends), ", ".join(get_args(Sends)))
-    begin, overhead = np.zeros(platform.n_workers, dtype=np.int64), round(platform.overhead * NANOSECONDS)
+    begin, overhead = np.zeros(platform.n_workers, dtype=np.int64), _whole(np.round(platform.overhead * NANOSECONDS))
     found = []
     for step in work:
         prepared = begin + duration(step.prepare, platform)
@@ -213,13 +216,24 @@ def duration(demand: Demand, platform: Platform) -> Indices:
     operations, memory = demand.operations.astype(np.float64), np.maximum(demand.memory, 1)
     is_computed = demand.operations > 0
     rate = np.minimum(peak, bandwidth * np.where(is_computed, operations / memory, 1.0))
-    return (operations / rate * NANOSECONDS).astype(np.int64)
+    return _whole(operations / rate * NANOSECONDS)
 
 
 def transfer(sent: Indices, platform: Platform) -> Indices:
     """(P, P) nanoseconds that each message takes; 0 where nothing is sent."""
-    latency, per_nanosecond = platform.latency * NANOSECONDS, platform.bandwidth / NANOSECONDS
-    return np.where(sent > 0, platform.hops * latency + sent / per_nanosecond, 0.0).astype(np.int64)
+    is_sent = sent > 0  # elsewhere the diagonal may say anything
+    latency = np.where(is_sent, platform.latency, 0.0) * NANOSECONDS
+    per_nanosecond = np.where(is_sent, platform.bandwidth, np.inf) / NANOSECONDS
+    return _whole(platform.hops * latency + sent / per_nanosecond)
+
+
+def _whole(nanoseconds: ArrayLike) -> Indices:
+    """Cut off. Raises InvalidArgument where int64 could not hold the sum of many such times."""
+    times = np.asarray(nanoseconds, dtype=np.float64)
+    if not (times <= _LONGEST).all():
+        allowed = f"steps of at most {_LONGEST / NANOSECONDS:g} s"
+        raise InvalidArgument("platform", f"a step of {times.max() / NANOSECONDS:g} s", allowed)
+    return times.astype(np.int64)
 
 
 def _events(work: Work, times: StepTimes, worker: int) -> Iterator[Event]:

@@ -24,6 +24,8 @@ _MOVES = (
     *(steps.Concatenate, steps.Slice, steps.AsMap, steps.ToTokens, steps.Token, steps.Gather),
 )
 """Modules that compute nothing; what they copy is left out."""
+_MOST_SAMPLES = 10**6
+"""In one batch: int64 holds the operations of any network."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,8 +102,8 @@ def _direct(layer: PlannedLayer) -> PlannedLayer:
 def _works(
     manifest: Manifest, layers: Mapping[str, PlannedLayer], batch_size: int, wire: str | None
 ) -> tuple[Work, ...]:
-    if batch_size < 1:
-        raise InvalidArgument("batch_size", batch_size, "a whole number ≥ 1")
+    if not 1 <= batch_size <= _MOST_SAMPLES:
+        raise InvalidArgument("batch_size", batch_size, f"a whole number in 1 … {_MOST_SAMPLES}")
     dtype, P = DTYPES[manifest.dtype], manifest.n_workers
     wire_of(wire, dtype)
     nothing = np.zeros(P, dtype=np.int64)

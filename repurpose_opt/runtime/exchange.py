@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from repurpose_opt.errors import RepurposeError
 from repurpose_opt.runtime.layer import Indices, PlannedCode, PlannedLayer
 from repurpose_opt.runtime.transport import Start, Wait
 from repurpose_opt.runtime.wire import Wire, layer_wire, wire_of
@@ -62,7 +63,8 @@ class ExchangeStep:
         """(P,) counted so far from the tensors that were handed over."""
         self.messages_sent = 0
         self.squares = torch.zeros(2, dtype=torch.float64)
-        """Sums over all numbers sent so far: of the squares of what the wire rounded off, and of the numbers'."""
+        """Sums of squares over the first batch: of what the wire rounded off, and of the numbers."""
+        self._is_measured = False
         self._every_pair = len(layer.messages) == P * (P - 1)
         self.encoders = _encoders(layer, worker, encoder)
         self._sent = _Messages(sum(self.sent_counts), batch_size * layer.positions, dtype, self.wire)
@@ -75,18 +77,23 @@ class ExchangeStep:
         return self._sent.nbytes + self._received.nbytes
 
     def begin(self, values: torch.Tensor, start: Start) -> None:
-        """Encode held values (held, samples) and begin to send and receive."""
+        """Encode held values (held, samples) and begin to send and receive.
+
+        Raises RepurposeError where the wire has no number as large as one that is sent.
+        """
         if not self.is_needed:
             return
         numbers = self.encode(values)
         sent = self._sent.written(numbers)
-        if self._sent.is_lossy:
-            self._count_error(numbers, sent)
         for target, part in enumerate(sent.split(self.sent_counts)):
             self.bytes_sent[target] += part.numel() * part.element_size()
             self.messages_sent += part.numel() > 0
         received = self._received.message(values.shape[1])
         self._wait = start(received, sent, self.received_counts, self.sent_counts, self._every_pair)
+        if self._sent.is_lossy and sent.numel():
+            self._check_range(numbers, sent)
+            if not self._is_measured:
+                self._measure_error(numbers, sent)
 
     def end(self, samples: int) -> torch.Tensor:
         """Wait for the numbers received (numbers, samples); valid until the next `begin`."""
@@ -102,11 +109,20 @@ class ExchangeStep:
             encoder.encode(values, buffer)
         return buffer
 
-    def _count_error(self, numbers: torch.Tensor, sent: torch.Tensor) -> None:
+    def _check_range(self, numbers: torch.Tensor, sent: torch.Tensor) -> None:
+        if not self.wire.is_finite(sent) and bool(numbers.isfinite().all()):
+            raise RepurposeError(
+                f"layer {self.name!r}: the wire {self.wire.name} has no number as large as "
+                f"{float(numbers.abs().max()):g}; allowed: a wire of the plan's dtype, or bfloat16 for float32"
+            )
+
+    def _measure_error(self, numbers: torch.Tensor, sent: torch.Tensor) -> None:
+        self._is_measured = True
         arrives = torch.empty_like(numbers)
         self.wire.read(sent, arrives)
-        self.squares[0] += (arrives - numbers).square_().sum(dtype=torch.float64)
-        self.squares[1] += numbers.square().sum(dtype=torch.float64)
+        exact = numbers.double()
+        self.squares[0] += (arrives.double() - exact).square_().sum()
+        self.squares[1] += exact.square_().sum()
 
 
 class _Messages:

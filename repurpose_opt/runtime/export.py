@@ -240,6 +240,7 @@ def _exchange(layer: PlannedLayer) -> dict[str, Any]:
                 "received_offset": received[target][source],
             }
             for source, target in sorted(layer.messages)
+            if rows[source][target]
         ],
     }
 

@@ -109,8 +109,8 @@ def traffic_report(job: Job, seconds: float) -> tuple[dict[str, Any], str | None
         ],
         "outputs_gathered_on_worker_0": len(np.unique(job.output.places)) > 1,
         "note": "bytes_sent is counted from the tensors handed to torch.distributed, row: source, column: target; "
-        "gathering outputs that several workers own is not part of it; wire_nmse is the squared error of the numbers "
-        "sent that a narrower wire makes, relative to their squares",
+        "gathering outputs that several workers own is not part of it; wire_nmse is the squared error that a narrower "
+        "wire makes of the numbers of the first batch, relative to their squares",
     }
     return report, byte_mismatch(job.layers, counted, predicted)
 

@@ -164,7 +164,8 @@ class ConvStep(ExchangingStep):
     def own_part(self, value: torch.Tensor, offered: torch.Tensor, samples: int) -> torch.Tensor:
         if 0 in self.held.shape or samples == 0:
             ones = (1,) * (1 + len(self.positions))
-            return self.bias.view(-1, *ones).expand(-1, samples, *self.positions)
+            # Memory of its own, as what follows may work in place.
+            return self.bias.view(-1, *ones).repeat(1, samples, *self.positions)
         return self._convolved(offered, self.held, self.bias, samples)
 
     def completed(self, own: torch.Tensor, offered: torch.Tensor, received: torch.Tensor, samples: int) -> torch.Tensor:

@@ -10,13 +10,16 @@ import torch
 
 from repurpose_opt.runtime.graph import INPUT, Graph
 from repurpose_opt.runtime.layer import PlannedLayer
-from repurpose_opt.runtime.splits import Split
+from repurpose_opt.runtime.splits import Split, reads_ids
 from repurpose_opt.runtime.wire import Wire, layer_wire
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one worker, without PyTorch itself and what a single operation needs in passing."""
+    """Bytes on one worker, without PyTorch itself and what a single operation needs in passing.
+
+    The latter is little for linear layers; for a convolution it can be several times what it reads and makes.
+    """
 
     weights: int
     messages: int
@@ -50,14 +53,16 @@ def activation_bytes(
     def size(name: str) -> int:
         split = splits[name]
         places = math.prod(split.shape) if split.layout is None else len(split.held(worker)) * split.n_positions
-        return places * batch_size * dtype.itemsize
+        itemsize = torch.int64.itemsize if name == INPUT and reads_ids(graph) else dtype.itemsize
+        return places * batch_size * itemsize
 
-    last_readers = graph.last_readers
+    # Who calls `Part.run` holds the input to the end.
+    last_readers = {name: step for name, step in graph.last_readers.items() if name != INPUT}
     alive, most = {INPUT: size(INPUT)}, size(INPUT)
     for step in graph.steps:
         alive[step.name] = size(step.name)
         most = max(most, sum(alive.values()))
         for name in set(step.inputs):
-            if last_readers[name] == step.name:
+            if last_readers.get(name) == step.name:
                 del alive[name]
     return most

@@ -29,7 +29,8 @@ def sparse_where_faster(part: Part, samples: int) -> Part:
 def is_faster_sparse(weight: torch.Tensor, columns: int) -> bool:
     """Whether CSR times (n, columns) is faster than dense (m, n) times it."""
     return (
-        columns > 1
+        weight.dtype in (torch.float32, torch.float64)  # PyTorch multiplies no others in compressed rows
+        and columns > 1
         and weight.numel() >= LEAST_WEIGHTS
         and int(weight.count_nonzero()) <= LARGEST_SHARE * weight.numel()
     )

@@ -65,6 +65,10 @@ def replaced(directory: Path) -> Iterator[Path]:
         if directory.exists():
             directory.rename(old)
         new.rename(directory)
+    except BaseException:
+        if old.exists() and not directory.exists():
+            old.rename(directory)
+        raise
     finally:
         shutil.rmtree(new, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)

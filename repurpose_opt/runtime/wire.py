@@ -34,7 +34,7 @@ class Wire:
     def write(self, numbers: torch.Tensor, message: torch.Tensor) -> None:
         """Fill `message` (rows, row_elements) with numbers (rows, samples).
 
-        A row with a number that is not finite arrives as NaN where it has a scale.
+        A row with a number that is not finite, or whose scale float32 cannot hold, arrives as NaN.
         """
         if self.scale_elements == 0:
             message.copy_(numbers)
@@ -43,6 +43,13 @@ class Wire:
         message[:, : self.scale_elements] = scale.view(torch.int8)
         divisor = torch.where(scale > 0, scale, 1.0)
         message[:, self.scale_elements :] = (numbers / divisor).round_().clamp_(-_LARGEST_INT8, _LARGEST_INT8)
+
+    def is_finite(self, message: torch.Tensor) -> bool:
+        """Whether every number arrives as one."""
+        written = message
+        if self.scale_elements:
+            written = message[:, : self.scale_elements].reshape(-1).view(torch.float32)
+        return bool(written.isfinite().all())
 
     def read(self, message: torch.Tensor, numbers: torch.Tensor) -> None:
         """Fill numbers (rows, samples) from `message`; the inverse of `write` but for rounding."""
