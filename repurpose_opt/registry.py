@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from typing import Any
@@ -35,6 +36,20 @@ class Registered:
 
 def install_command(packages: tuple[str, ...]) -> str:
     return f"pip install {' '.join(packages)}"
+
+
+def check_importable(what: str, *packages: str) -> None:
+    """Import packages that something needs. Raises SolverNotInstalled, which names those that are missing."""
+    missing = []
+    for package in packages:
+        try:
+            import_module(package)
+        except ModuleNotFoundError as error:
+            if error.name != package:
+                raise
+            missing.append(package)
+    if missing:
+        raise SolverNotInstalled(f"{what} needs {', '.join(missing)}: {install_command(tuple(missing))}")
 
 
 def names(kind: str) -> list[str]:

@@ -23,6 +23,7 @@ EXPERIMENTS = {
     "lasso": "repurpose_opt_benchmarks.lasso",
     "layer": "repurpose_opt_benchmarks.layer",
     "limits": "repurpose_opt_benchmarks.limits",
+    "links": "repurpose_opt_benchmarks.links",
     "cnn": "repurpose_opt_benchmarks.cnn",
     "network-codes": "repurpose_opt_benchmarks.network_codes",
     "network-parts": "repurpose_opt_benchmarks.network_parts",

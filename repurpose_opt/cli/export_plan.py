@@ -9,9 +9,9 @@ from typing import Any
 
 from repurpose_opt.cli.model import named
 from repurpose_opt.cli.text import aligned
-from repurpose_opt.errors import InvalidArgument, SolverNotInstalled
+from repurpose_opt.errors import InvalidArgument
 from repurpose_opt.progress import progress
-from repurpose_opt.registry import install_command
+from repurpose_opt.registry import check_importable
 
 PROGRAMS = ("torch-export", "onnx")
 _OPTIONS = {"file", "to", "output", "json", "run", "usage_error"}
@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
             args.usage_error(f"--{name.replace('_', '-')} is for a layer; {args.file} is a plan")
     if args.output is None:
         args.usage_error(f"--to {args.to} needs --output, a new folder")
-    _check_installed()
+    check_importable("a plan", "torch", "safetensors", "rich")
     from repurpose_opt.runtime.export import export_plan
 
     with named(directory="--output"), progress() as report:
@@ -36,16 +36,6 @@ def run(args: argparse.Namespace) -> int:
     figures = {"plan": str(args.file), "format": args.to, **asdict(written), "directory": str(args.output)}
     print(json.dumps(figures, indent=2) if args.json else _table(figures))
     return 0
-
-
-def _check_installed() -> None:
-    for package in ("torch", "safetensors", "rich"):
-        try:
-            __import__(package)
-        except ModuleNotFoundError as error:
-            if error.name != package:
-                raise
-            raise SolverNotInstalled(f"plans need {package}: {install_command((package,))}") from None
 
 
 def _table(figures: dict[str, Any]) -> str:

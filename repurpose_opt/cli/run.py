@@ -15,10 +15,11 @@ from repurpose_opt import __version__
 from repurpose_opt.cli.model import PROGRAM_SUFFIX, named, read_model, read_samples
 from repurpose_opt.cli.plan_report import figures_of, report
 from repurpose_opt.cli.text import PROGRAM, add_verb, fraction, loads, natural, positive, price
-from repurpose_opt.errors import InvalidArgument, SolverNotInstalled, UnsupportedModule
+from repurpose_opt.errors import InvalidArgument, UnsupportedModule
 from repurpose_opt.files import read_array
 from repurpose_opt.formulation import Volume
 from repurpose_opt.formulation.codes import MESSAGES
+from repurpose_opt.registry import check_importable
 
 if TYPE_CHECKING:
     import torch
@@ -247,13 +248,7 @@ def _check_folders(output: Path, checkpoint: Path) -> None:
 def _check_installed() -> None:
     # Before PyTorch loads: threads that spin while they wait make small steps several times slower on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    for package in ("torch", "safetensors", "rich"):
-        try:
-            __import__(package)
-        except ModuleNotFoundError as error:
-            if error.name != package:
-                raise
-            raise SolverNotInstalled(f"run needs {package}: pip install {package}") from None
+    check_importable("run", "torch", "safetensors", "rich")
 
 
 def _planned(args: argparse.Namespace, output: Path, checkpoint: Path) -> dict[str, Any]:

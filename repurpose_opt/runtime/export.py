@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import torch
 
 from repurpose_opt import __version__
-from repurpose_opt.errors import InvalidArgument, SolverNotInstalled, UnsupportedModule
+from repurpose_opt.errors import InvalidArgument, UnsupportedModule
 from repurpose_opt.progress import Report
-from repurpose_opt.registry import install_command
+from repurpose_opt.registry import check_importable
 from repurpose_opt.runtime.export_guide import guide
 from repurpose_opt.runtime.graph import INPUT
 from repurpose_opt.runtime.layer import PlannedLayer
@@ -99,7 +99,7 @@ def export_plan(plan: Path, directory: Path, programs: str, report: Report = lam
     if programs not in PROGRAMS:
         raise InvalidArgument("programs", repr(programs), ", ".join(PROGRAMS))
     if programs == "onnx":
-        _check_onnx()
+        check_importable("ONNX", "onnx", "onnxscript")
     manifest = read_manifest(plan)
     directory = directory.resolve()
     _check_replaceable(directory)
@@ -170,9 +170,6 @@ def _program(stage: Stage) -> torch.export.ExportedProgram:
     program = torch.export.export(stage.eval(), example, dynamic_shapes=(axes,))
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)
-    for name, tensor in program.constants.items():
-        # A view would be saved with all that it is a view of.
-        program.constants[name] = tensor.clone(memory_format=torch.contiguous_format)
     return program
 
 
@@ -245,19 +242,6 @@ def _exchange(layer: PlannedLayer) -> dict[str, Any]:
     }
 
 
-def _check_onnx() -> None:
-    missing = []
-    for package in ("onnx", "onnxscript"):
-        try:
-            __import__(package)
-        except ModuleNotFoundError as error:
-            if error.name != package:
-                raise
-            missing.append(package)
-    if missing:
-        raise SolverNotInstalled(f"ONNX programs need {', '.join(missing)}: {install_command(tuple(missing))}")
-
-
 def _check_replaceable(directory: Path) -> None:
     allowed = "a new or empty folder, or one that holds nothing but an exported plan"
     if not directory.parent.is_dir():
@@ -266,6 +250,8 @@ def _check_replaceable(directory: Path) -> None:
         return
     if not directory.is_dir():
         raise InvalidArgument("directory", f"{directory}, a file", allowed)
+    if directory == Path.cwd():
+        raise InvalidArgument("directory", f"{directory}, the working directory", allowed)
     names = {path.relative_to(directory).as_posix() for path in directory.rglob("*")}
     foreign = {name for name in names if not _OURS.fullmatch(name)}
     if foreign or (names and EXCHANGE not in names):
