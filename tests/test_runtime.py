@@ -23,7 +23,7 @@ from repurpose_opt.errors import PlanError, RepurposeError
 from repurpose_opt.runtime import worker
 from repurpose_opt.runtime.agreement import Readiness, byte_mismatch, disagreement, version_mismatch
 from repurpose_opt.runtime.console import ERROR_PREFIX
-from repurpose_opt.runtime.exchange import ExchangeStep
+from repurpose_opt.runtime.exchange import LARGE_MESSAGE, ExchangeStep, goes_at_once
 from repurpose_opt.runtime.launch import RunResult, loopback, run_plan
 from repurpose_opt.runtime.manifest import Manifest
 from repurpose_opt.runtime.members import Member
@@ -72,10 +72,17 @@ def test_an_exchange_step_hands_over_exactly_the_messages(batch: int, workers: l
 
         is_all_to_all.clear()
         steps[k].begin(held[k], start)
-        assert is_all_to_all == [len(layer.messages) == P * (P - 1)]
+        assert is_all_to_all == [all(len(layer.message(a, b)) for a in range(P) for b in range(P) if a != b)]
         inputs = torch.cat([held[k], steps[k].end(batch)])
         assert torch.equal(inputs, values[layer.columns(k)])
         assert np.array_equal(steps[k].bytes_sent, layer.traffic()[k] * batch)
+
+
+def test_large_messages_go_one_by_one() -> None:
+    layer = random_plan(mlp([13, 8]), P).layers[0]
+    largest = max(message.size for message in layer.messages.values())
+    for samples, at_once in ((LARGE_MESSAGE // (4 * largest), False), (LARGE_MESSAGE // (4 * largest) - 1, True)):
+        assert goes_at_once(layer, 4 * (samples + (LARGE_MESSAGE % (4 * largest) > 0) * (not at_once))) is at_once
 
 
 # What the workers compare

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from repurpose_opt.runtime import transport
+from repurpose_opt.runtime.exchange import goes_at_once
 from repurpose_opt.runtime.layer import Indices, PlannedLayer
 from repurpose_opt.runtime.local import Part, part_of
 from repurpose_opt.runtime.manifest import DTYPES, Manifest
@@ -130,4 +131,4 @@ def _step(
     received = [len(layer.message(source, rank)) for source in range(P)]
     sent = [len(layer.message(rank, target)) for target in range(P)]
     buffers = (torch.zeros(sum(received), batch_size), torch.zeros(sum(sent), batch_size))
-    return *buffers, received, sent, len(layer.messages) == P * (P - 1)
+    return *buffers, received, sent, goes_at_once(layer, batch_size * layer.value_bytes)

@@ -17,6 +17,20 @@ from repurpose_opt.runtime.layer import Indices, PlannedCode, PlannedLayer
 from repurpose_opt.runtime.transport import Start, Wait
 from repurpose_opt.runtime.wire import Wire, layer_wire, wire_of
 
+LARGE_MESSAGE = 1 << 18
+"""Bytes from which on messages go one by one even where every pair of workers sends."""
+
+
+def goes_at_once(layer: PlannedLayer, row_bytes: int) -> bool:
+    """Whether an exchange is one all-to-all call of all workers, or a call for each message; the same on all of them.
+
+    The all-to-all costs an empty message for each pair that sends nothing, and is slower for large messages on slow
+    links: benchmarks/results/exchanges.md.
+    """
+    is_complete = len(layer.messages) == layer.n_workers * (layer.n_workers - 1)
+    largest = max((message.size for message in layer.messages.values()), default=0)
+    return is_complete and largest * row_bytes < LARGE_MESSAGE
+
 
 @dataclass(frozen=True, eq=False)
 class Encoder:
@@ -65,7 +79,7 @@ class ExchangeStep:
         self.squares = torch.zeros(2, dtype=torch.float64)
         """Sums of squares over the first batch: of what the wire rounded off, and of the numbers."""
         self._is_measured = False
-        self._every_pair = len(layer.messages) == P * (P - 1)
+        self._at_once = goes_at_once(layer, self.wire.row_bytes(batch_size * layer.positions))
         self.encoders = _encoders(layer, worker, encoder)
         self._sent = _Messages(sum(self.sent_counts), batch_size * layer.positions, dtype, self.wire)
         self._received = _Messages(sum(self.received_counts), batch_size * layer.positions, dtype, self.wire)
@@ -89,7 +103,7 @@ class ExchangeStep:
             self.bytes_sent[target] += part.numel() * part.element_size()
             self.messages_sent += part.numel() > 0
         received = self._received.message(values.shape[1])
-        self._wait = start(received, sent, self.received_counts, self.sent_counts, self._every_pair)
+        self._wait = start(received, sent, self.received_counts, self.sent_counts, self._at_once)
         if self._sent.is_lossy and sent.numel():
             self._check_range(numbers, sent)
             if not self._is_measured:

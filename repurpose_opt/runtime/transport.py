@@ -12,21 +12,18 @@ from repurpose_opt.runtime.group import contact
 Wait = Callable[[], None]
 """Returns when everything has arrived and everything sent may be overwritten."""
 Start = Callable[[torch.Tensor, torch.Tensor, list[int], list[int], bool], Wait]
-"""(received, sent, rows received from each worker, rows sent to each worker, every pair sends): begins to fill
-`received`; both tensors are left alone until the wait is over."""
+"""(received, sent, rows received from each worker, rows sent to each worker, at once): begins to fill `received`; both
+tensors are left alone until the wait is over."""
 
 PURPOSE = "exchange values"
 
 
 def start(
-    received: torch.Tensor, sent: torch.Tensor, received_counts: list[int], sent_counts: list[int], every_pair: bool
+    received: torch.Tensor, sent: torch.Tensor, received_counts: list[int], sent_counts: list[int], at_once: bool
 ) -> Wait:
-    """One call where every worker sends something to every other one, else a call for each worker's own peers.
-
-    gloo's all-to-all sends an empty message to a peer that is sent nothing, and waits for it.
-    """
+    """One all-to-all call of all workers (`at_once`), or a call for each message."""
     with contact(PURPOSE):
-        if every_pair:
+        if at_once:
             works = [dist.all_to_all_single(received, sent, received_counts, sent_counts, async_op=True)]
         else:
             works = _to_peers(received, sent, received_counts, sent_counts)
