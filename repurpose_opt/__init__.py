@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from repurpose_opt.network_solve import NetworkSolution, solve_network
     from repurpose_opt.problem import LayerProblem
     from repurpose_opt.runtime.plan import Plan
+    from repurpose_opt.runtime.processes.client import Client
+    from repurpose_opt.runtime.processes.launch import Service, run_plan
     from repurpose_opt.solution import LayerSolution
     from repurpose_opt.solve import solve_layer
     from repurpose_opt.solver import Candidate, Partitioner, Pruner, SolveOptions, Termination
@@ -26,6 +28,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Candidate",
+    "Client",
     "Code",
     "Edge",
     "Exchange",
@@ -42,11 +45,13 @@ __all__ = [
     "Plan",
     "Pruner",
     "RepurposeError",
+    "Service",
     "SolveOptions",
     "Termination",
     "Values",
     "Volume",
     "repurpose",
+    "run_plan",
     "solve_layer",
     "solve_network",
 ]
@@ -75,6 +80,8 @@ _MODULES = {
     ),
     "repurpose_opt.problem": ("LayerProblem",),
     "repurpose_opt.runtime.plan": ("Plan",),
+    "repurpose_opt.runtime.processes.client": ("Client",),
+    "repurpose_opt.runtime.processes.launch": ("Service", "run_plan"),
     "repurpose_opt.solution": ("LayerSolution",),
     "repurpose_opt.solve": ("solve_layer",),
     "repurpose_opt.solver": (

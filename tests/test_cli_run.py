@@ -22,7 +22,7 @@ from torch import nn
 from repurpose_opt import FineTuning, Plan, Volume, cli, repurpose
 from repurpose_opt.cli.run import _LOSSES
 from repurpose_opt.network.calibrate import LOSSES
-from repurpose_opt.runtime.launch import run_plan
+from repurpose_opt.runtime.processes.launch import run_plan
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -13,10 +13,9 @@ from test_runtime import expected, samples
 
 from repurpose_opt.exchange import Values
 from repurpose_opt.runtime.coded import CodedLinear
-from repurpose_opt.runtime.exchange import ExchangeStep
-from repurpose_opt.runtime.launch import run_plan
+from repurpose_opt.runtime.exchange import ExchangeStep, Wait
 from repurpose_opt.runtime.plan import PlannedCode
-from repurpose_opt.runtime.transport import Wait
+from repurpose_opt.runtime.processes.launch import run_plan
 
 P = 4
 SAMPLES = 23

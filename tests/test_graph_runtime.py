@@ -12,11 +12,11 @@ from test_runtime import expected
 
 from repurpose_opt.runtime.graph import INPUT
 from repurpose_opt.runtime.inputs import reader_of
-from repurpose_opt.runtime.launch import run_plan
 from repurpose_opt.runtime.local import whole_tensor
+from repurpose_opt.runtime.processes.launch import run_plan
+from repurpose_opt.runtime.processes.worker import build_part
 from repurpose_opt.runtime.simulate import run_together
 from repurpose_opt.runtime.storage import read_manifest, read_worker
-from repurpose_opt.runtime.worker import build_part
 
 SAMPLES = 11
 

@@ -20,16 +20,15 @@ import torch
 from test_plan import mlp, random_plan, rich_model
 
 from repurpose_opt.errors import PlanError, RepurposeError
-from repurpose_opt.runtime import worker
-from repurpose_opt.runtime.agreement import Readiness, byte_mismatch, disagreement, version_mismatch
-from repurpose_opt.runtime.console import ERROR_PREFIX
-from repurpose_opt.runtime.exchange import LARGE_MESSAGE, ExchangeStep, goes_at_once
-from repurpose_opt.runtime.launch import RunResult, loopback, run_plan
+from repurpose_opt.runtime.exchange import LARGE_MESSAGE, ExchangeStep, Wait, goes_at_once
 from repurpose_opt.runtime.manifest import Manifest
-from repurpose_opt.runtime.members import Member
 from repurpose_opt.runtime.plan import Plan
+from repurpose_opt.runtime.processes import worker
+from repurpose_opt.runtime.processes.agreement import Readiness, byte_mismatch, disagreement, version_mismatch
+from repurpose_opt.runtime.processes.console import ERROR_PREFIX
+from repurpose_opt.runtime.processes.launch import RunResult, loopback, run_plan
+from repurpose_opt.runtime.processes.members import Member
 from repurpose_opt.runtime.simulate import simulate
-from repurpose_opt.runtime.transport import Wait
 
 P = 3
 SAMPLES = 23
@@ -81,8 +80,8 @@ def test_an_exchange_step_hands_over_exactly_the_messages(batch: int, workers: l
 def test_large_messages_go_one_by_one() -> None:
     layer = random_plan(mlp([13, 8]), P).layers[0]
     largest = max(message.size for message in layer.messages.values())
-    for samples, at_once in ((LARGE_MESSAGE // (4 * largest), False), (LARGE_MESSAGE // (4 * largest) - 1, True)):
-        assert goes_at_once(layer, 4 * (samples + (LARGE_MESSAGE % (4 * largest) > 0) * (not at_once))) is at_once
+    assert goes_at_once(layer, (LARGE_MESSAGE - 1) // largest)
+    assert not goes_at_once(layer, -(-LARGE_MESSAGE // largest))
 
 
 # What the workers compare

@@ -23,11 +23,11 @@ from test_runtime import expected, samples
 from worker_pool import WorkerPool
 
 from repurpose_opt.errors import InvalidArgument, RepurposeError
-from repurpose_opt.runtime.client import Client
-from repurpose_opt.runtime.desk import Desk, Request
-from repurpose_opt.runtime.feed import Listener, targets_of
-from repurpose_opt.runtime.launch import Service
 from repurpose_opt.runtime.plan import Plan
+from repurpose_opt.runtime.processes.client import Client
+from repurpose_opt.runtime.processes.desk import Desk, Request
+from repurpose_opt.runtime.processes.feed import Listener, targets_of
+from repurpose_opt.runtime.processes.launch import Service
 
 P = 3
 

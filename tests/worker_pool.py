@@ -24,10 +24,10 @@ from typing import Any
 
 import pytest
 
-from repurpose_opt.runtime import members, worker
-from repurpose_opt.runtime.console import ERROR_PREFIX
 from repurpose_opt.runtime.exchange import ExchangeStep
-from repurpose_opt.runtime.launch import loopback
+from repurpose_opt.runtime.processes import members, worker
+from repurpose_opt.runtime.processes.console import ERROR_PREFIX
+from repurpose_opt.runtime.processes.launch import loopback
 
 SECONDS = 90.0
 """After so long a run has failed and all processes are killed."""

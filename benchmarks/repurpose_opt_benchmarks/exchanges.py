@@ -25,7 +25,7 @@ import torch.multiprocessing
 from numpy.typing import NDArray
 from torch.multiprocessing.spawn import spawn
 
-from repurpose_opt.runtime.transport import start
+from repurpose_opt.runtime.processes.transport import start
 from repurpose_opt_benchmarks import RESULTS, environment
 from repurpose_opt_benchmarks.links_jobs import links_of
 from repurpose_opt_benchmarks.links_namespaces import FAST, LOOPBACK, Link, address, reason_without

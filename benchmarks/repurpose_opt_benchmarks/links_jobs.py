@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from repurpose_opt.errors import RepurposeError
-from repurpose_opt.runtime.launch import loopback
+from repurpose_opt.runtime.processes.launch import loopback
 from repurpose_opt_benchmarks import ONE_THREAD
 from repurpose_opt_benchmarks.links_namespaces import LINKS, address, namespaces
 

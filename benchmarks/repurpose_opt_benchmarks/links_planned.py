@@ -11,13 +11,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from repurpose_opt.runtime import transport
-from repurpose_opt.runtime.exchange import goes_at_once
+from repurpose_opt.runtime.exchange import Wait, goes_at_once
 from repurpose_opt.runtime.layer import Indices, PlannedLayer
 from repurpose_opt.runtime.local import Part, part_of
 from repurpose_opt.runtime.manifest import DTYPES, Manifest
+from repurpose_opt.runtime.processes import transport
 from repurpose_opt.runtime.storage import read_manifest, read_worker
-from repurpose_opt.runtime.transport import Wait
 from repurpose_opt.runtime.wire import WIRES, traffic
 from repurpose_opt_benchmarks.links_network import WANTS_ANSWER, Prepared, read_rows
 
@@ -57,7 +56,7 @@ def start_nothing(
 
 @dataclass(frozen=True, eq=False)
 class PlannedPeer:
-    """A worker of a plan, as `repurpose_opt.runtime.worker` runs it."""
+    """A worker of a plan, as `repurpose_opt.runtime.processes.worker` runs it."""
 
     manifest: Manifest
     rank: int

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from repurpose_opt.runtime import group
 from repurpose_opt.runtime.plan import Plan
+from repurpose_opt.runtime.processes import group
 from repurpose_opt_benchmarks.links_dense import dense_of
 from repurpose_opt_benchmarks.links_jobs import Job, Row, read_job
 from repurpose_opt_benchmarks.links_namespaces import LINKS, Counter, counters

@@ -8,7 +8,7 @@ from typing import Any
 
 from repurpose_opt.cli.text import add_verb
 from repurpose_opt.errors import SolverNotInstalled
-from repurpose_opt.runtime.options import EPILOG, add_options, check_options
+from repurpose_opt.runtime.processes.options import EPILOG, add_options, check_options
 
 
 def add(verbs: Any) -> None:
@@ -24,7 +24,7 @@ def _run(args: argparse.Namespace) -> int:
     # PyTorch prints a stack trace when its store is lost, and raises an error, of which the worker tells in one line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     try:
-        from repurpose_opt.runtime import worker
+        from repurpose_opt.runtime.processes import worker
     except ModuleNotFoundError as error:
         raise SolverNotInstalled(f"worker needs {error.name}: pip install 'repurpose-opt[network]'") from None
     return worker.run(args)

@@ -35,8 +35,8 @@ from repurpose_opt.network.search import best_trial
 from repurpose_opt.network.sweep import Sweep, Trial
 from repurpose_opt.network.trace import Network, trace
 from repurpose_opt.progress import Report
-from repurpose_opt.runtime.launch import run_plan
 from repurpose_opt.runtime.plan import Plan
+from repurpose_opt.runtime.processes.launch import run_plan
 from repurpose_opt.solver import SolveOptions
 
 CALIBRATION_GROUPS = 8000

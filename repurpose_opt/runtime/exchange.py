@@ -5,6 +5,7 @@ Values are stored (values, samples), so that what goes to one worker is one cont
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -14,8 +15,13 @@ from numpy.typing import NDArray
 
 from repurpose_opt.errors import RepurposeError
 from repurpose_opt.runtime.layer import Indices, PlannedCode, PlannedLayer
-from repurpose_opt.runtime.transport import Start, Wait
 from repurpose_opt.runtime.wire import Wire, layer_wire, wire_of
+
+Wait = Callable[[], None]
+"""Returns when everything has arrived and everything sent may be overwritten."""
+Start = Callable[[torch.Tensor, torch.Tensor, list[int], list[int], bool], Wait]
+"""(received, sent, rows received from each worker, rows sent to each worker, at once): begins to fill `received`; both
+tensors are left alone until the wait is over."""
 
 LARGE_MESSAGE = 1 << 18
 """Bytes from which on messages go one by one even where every pair of workers sends."""

@@ -18,13 +18,12 @@ from torch.nn import functional
 
 from repurpose_opt.runtime import steps
 from repurpose_opt.runtime.coded import Conv, Product, convolve
-from repurpose_opt.runtime.exchange import ExchangeStep
+from repurpose_opt.runtime.exchange import ExchangeStep, Start
 from repurpose_opt.runtime.graph import INPUT, Graph, Step
 from repurpose_opt.runtime.layer import Indices, PlannedLayer
 from repurpose_opt.runtime.modules import Role, is_depthwise, role_of
 from repurpose_opt.runtime.splits import Split
 from repurpose_opt.runtime.storage import Tensors, of_step
-from repurpose_opt.runtime.transport import Start
 from repurpose_opt.runtime.wire import Wire
 
 Compute = Callable[..., torch.Tensor]

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from repurpose_opt.errors import InvalidArgument
+from repurpose_opt.runtime.exchange import Wait
 from repurpose_opt.runtime.graph import INPUT
 from repurpose_opt.runtime.inputs import checked_inputs, reader_of
 from repurpose_opt.runtime.layer import Indices
@@ -21,7 +22,6 @@ from repurpose_opt.runtime.manifest import DTYPES
 from repurpose_opt.runtime.plan import Plan
 from repurpose_opt.runtime.sparse import sparse_where_faster
 from repurpose_opt.runtime.storage import tensor_key
-from repurpose_opt.runtime.transport import Wait
 from repurpose_opt.runtime.wire import wire_of
 
 

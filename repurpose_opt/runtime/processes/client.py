@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repurpose_opt.errors import InvalidArgument, RepurposeError
-from repurpose_opt.runtime.feed import is_port
-from repurpose_opt.runtime.stream import DamagedStream, Npy
+from repurpose_opt.runtime.processes.feed import is_port
+from repurpose_opt.runtime.processes.stream import DamagedStream, Npy
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0
 """Seconds between two attempts to connect; doubled each time."""

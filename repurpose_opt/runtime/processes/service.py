@@ -19,15 +19,15 @@ import torch
 from numpy.typing import NDArray
 
 from repurpose_opt.errors import RepurposeError
-from repurpose_opt.runtime import group
-from repurpose_opt.runtime.desk import Desk, Request
 from repurpose_opt.runtime.graph import INPUT
 from repurpose_opt.runtime.inputs import checked_inputs, parts_of, reader_of
-from repurpose_opt.runtime.job import Job
 from repurpose_opt.runtime.layer import Indices
 from repurpose_opt.runtime.manifest import DTYPES
-from repurpose_opt.runtime.outputs import assembled
-from repurpose_opt.runtime.stop import StopSignal
+from repurpose_opt.runtime.processes import group
+from repurpose_opt.runtime.processes.desk import Desk, Request
+from repurpose_opt.runtime.processes.job import Job
+from repurpose_opt.runtime.processes.outputs import assembled
+from repurpose_opt.runtime.processes.stop import StopSignal
 
 IDLE_SECONDS = 5.0
 """Between two headers while no batch comes, if a third of the timeout is not even less."""

@@ -13,14 +13,14 @@ import torch
 from numpy.typing import NDArray
 
 from repurpose_opt.errors import RepurposeError
-from repurpose_opt.runtime import group
-from repurpose_opt.runtime.agreement import Readiness, byte_mismatch, predicted_bytes
 from repurpose_opt.runtime.inputs import Reader
 from repurpose_opt.runtime.layer import Indices, PlannedLayer
 from repurpose_opt.runtime.local import Part
 from repurpose_opt.runtime.manifest import Manifest
+from repurpose_opt.runtime.processes import group
+from repurpose_opt.runtime.processes.agreement import Readiness, byte_mismatch, predicted_bytes
+from repurpose_opt.runtime.processes.transport import start
 from repurpose_opt.runtime.splits import Split
-from repurpose_opt.runtime.transport import start
 from repurpose_opt.runtime.wire import Wire
 
 

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 
-from repurpose_opt.runtime.group import contact
-
-Wait = Callable[[], None]
-"""Returns when everything has arrived and everything sent may be overwritten."""
-Start = Callable[[torch.Tensor, torch.Tensor, list[int], list[int], bool], Wait]
-"""(received, sent, rows received from each worker, rows sent to each worker, at once): begins to fill `received`; both
-tensors are left alone until the wait is over."""
+from repurpose_opt.runtime.exchange import Wait
+from repurpose_opt.runtime.processes.group import contact
 
 PURPOSE = "exchange values"
 

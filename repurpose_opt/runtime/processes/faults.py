@@ -17,9 +17,9 @@ from dataclasses import asdict, dataclass
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from repurpose_opt.errors import RepurposeError
-from repurpose_opt.runtime.group import ACTIVITY, LostContact
-from repurpose_opt.runtime.members import ENDED, SUSPENDED, Member
-from repurpose_opt.runtime.stop import Stopped
+from repurpose_opt.runtime.processes.group import ACTIVITY, LostContact
+from repurpose_opt.runtime.processes.members import ENDED, SUSPENDED, Member
+from repurpose_opt.runtime.processes.stop import Stopped
 
 POLL = 0.1
 """Seconds between two looks into the store."""

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from repurpose_opt.errors import RepurposeError
-from repurpose_opt.runtime import group
+from repurpose_opt.runtime.processes import group
 from repurpose_opt.runtime.splits import Split
 
 

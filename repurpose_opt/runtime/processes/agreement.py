@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repurpose_opt.runtime.layer import Indices, PlannedLayer
-from repurpose_opt.runtime.members import Member
+from repurpose_opt.runtime.processes.members import Member
 from repurpose_opt.runtime.wire import traffic
 
 

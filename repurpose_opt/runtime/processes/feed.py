@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repurpose_opt.errors import InvalidArgument, RepurposeError
-from repurpose_opt.runtime.console import print_error, print_note
-from repurpose_opt.runtime.desk import Desk, Request, ServiceEnded
-from repurpose_opt.runtime.outputs import write_whole
-from repurpose_opt.runtime.stream import DamagedStream, format_of
+from repurpose_opt.runtime.processes.console import print_error, print_note
+from repurpose_opt.runtime.processes.desk import Desk, Request, ServiceEnded
+from repurpose_opt.runtime.processes.outputs import write_whole
+from repurpose_opt.runtime.processes.stream import DamagedStream, format_of
 
 
 class Source(Protocol):

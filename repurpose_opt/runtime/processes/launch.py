@@ -19,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repurpose_opt.errors import InvalidArgument, RepurposeError
-from repurpose_opt.runtime.client import Client
-from repurpose_opt.runtime.console import ERROR_PREFIX
 from repurpose_opt.runtime.layer import Indices
-from repurpose_opt.runtime.options import WIRES
+from repurpose_opt.runtime.processes.client import Client
+from repurpose_opt.runtime.processes.console import ERROR_PREFIX
+from repurpose_opt.runtime.processes.options import WIRES
 from repurpose_opt.runtime.storage import read_manifest, read_worker
 
 INPUT, OUTPUT, REPORT, SOCKET = "input.npy", "output.npy", "report.json", "socket"
@@ -177,7 +177,7 @@ class _Torchrun:
         torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={n_workers}"]
         rendezvous = ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
         logs = [f"--max-restarts={max_restarts}", f"--log-dir={folder / 'logs'}"]
-        worker = ["-m", "repurpose_opt.runtime.worker", str(plan)]
+        worker = ["-m", "repurpose_opt.runtime.processes.worker", str(plan)]
         # P processes share this machine's cores: threads of their own would only get in each other's way.
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "FATAL"} | loopback()
         self._errors = folder / "stderr"

@@ -15,11 +15,11 @@ from datetime import timedelta
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from repurpose_opt.errors import RepurposeError
-from repurpose_opt.runtime import group
-from repurpose_opt.runtime.console import print_note
-from repurpose_opt.runtime.faults import POLL, Watch
-from repurpose_opt.runtime.members import Member
-from repurpose_opt.runtime.stop import StopSignal
+from repurpose_opt.runtime.processes import group
+from repurpose_opt.runtime.processes.console import print_note
+from repurpose_opt.runtime.processes.faults import POLL, Watch
+from repurpose_opt.runtime.processes.members import Member
+from repurpose_opt.runtime.processes.stop import StopSignal
 
 ABANDONED = "abandoned"
 """Key in the store: a worker that keeps it will end without the others."""

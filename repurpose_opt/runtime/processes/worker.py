@@ -1,6 +1,6 @@
 """One worker of a plan, started P times by torchrun.
 
-    torchrun --nproc-per-node=P -m repurpose_opt.runtime.worker PLAN --input FILE.npy --output FILE.npy
+    torchrun --nproc-per-node=P -m repurpose_opt.runtime.processes.worker PLAN --input FILE.npy --output FILE.npy
 
 Each process reads the manifest and its own weights, computes its own neurons and sends only what others need.
 Exit code 0: fine, 1: the run failed, with one line on stderr that says why, 2: usage.
@@ -20,23 +20,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repurpose_opt.errors import PlanError, RepurposeError
-from repurpose_opt.runtime import group
-from repurpose_opt.runtime.agreement import Readiness, disagreement, version_mismatch
-from repurpose_opt.runtime.console import print_error, print_note
-from repurpose_opt.runtime.desk import Desk
-from repurpose_opt.runtime.faults import Watch
-from repurpose_opt.runtime.feed import Files, Listener, Pipe, Source, targets_of
 from repurpose_opt.runtime.graph import INPUT
 from repurpose_opt.runtime.inputs import open_inputs, reader_of
-from repurpose_opt.runtime.job import Job, device_of, on, traffic_report
-from repurpose_opt.runtime.join import Unheard, joined
 from repurpose_opt.runtime.local import Part, part_of
 from repurpose_opt.runtime.manifest import DTYPES, Manifest
-from repurpose_opt.runtime.options import EPILOG, add_options, check_options
-from repurpose_opt.runtime.outputs import assembled, write_whole
-from repurpose_opt.runtime.service import Front, follow
+from repurpose_opt.runtime.processes import group
+from repurpose_opt.runtime.processes.agreement import Readiness, disagreement, version_mismatch
+from repurpose_opt.runtime.processes.console import print_error, print_note
+from repurpose_opt.runtime.processes.desk import Desk
+from repurpose_opt.runtime.processes.faults import Watch
+from repurpose_opt.runtime.processes.feed import Files, Listener, Pipe, Source, targets_of
+from repurpose_opt.runtime.processes.job import Job, device_of, on, traffic_report
+from repurpose_opt.runtime.processes.join import Unheard, joined
+from repurpose_opt.runtime.processes.options import EPILOG, add_options, check_options
+from repurpose_opt.runtime.processes.outputs import assembled, write_whole
+from repurpose_opt.runtime.processes.service import Front, follow
+from repurpose_opt.runtime.processes.stop import StopSignal, stop_signals
 from repurpose_opt.runtime.sparse import sparse_where_faster
-from repurpose_opt.runtime.stop import StopSignal, stop_signals
 from repurpose_opt.runtime.storage import Tensors, read_manifest, read_worker
 from repurpose_opt.runtime.wire import Wire, wire_of
 
@@ -47,7 +47,7 @@ SECONDS_TO_HAND_ON = 5.0
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one worker; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="torchrun --nproc-per-node=P -m repurpose_opt.runtime.worker",
+        prog="torchrun --nproc-per-node=P -m repurpose_opt.runtime.processes.worker",
         description="One worker of a plan.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -1,0 +1,1 @@
+"""The processes of a plan: joining a run, exchanging values, serving batches, and naming the worker at fault."""
