@@ -78,7 +78,8 @@ def test_an_exchange_step_hands_over_exactly_the_messages(batch: int, workers: l
 
 
 def test_large_messages_go_one_by_one() -> None:
-    layer = random_plan(mlp([13, 8]), P).layers[0]
+    layer = random_plan(mlp([13, 8]), P, density=[1.0]).layers[0]
+    assert len(layer.messages) == P * (P - 1)
     largest = max(message.size for message in layer.messages.values())
     assert goes_at_once(layer, (LARGE_MESSAGE - 1) // largest)
     assert not goes_at_once(layer, -(-LARGE_MESSAGE // largest))

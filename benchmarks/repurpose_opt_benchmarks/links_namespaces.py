@@ -161,8 +161,9 @@ def _run(*command: str) -> str:
 
 
 def _remove(bridge: str, names: list[str]) -> None:
-    """What is there of it: a namespace takes its interfaces with it."""
+    """What is there of it. A namespace takes its interfaces with it, but later: their names would still be in use."""
     for name in names:
+        subprocess.run(["ip", "-n", name, "link", "del", "eth0"], capture_output=True, check=False, timeout=60)
         subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False, timeout=60)
     subprocess.run(["ip", "link", "del", bridge], capture_output=True, check=False, timeout=60)
 
