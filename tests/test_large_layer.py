@@ -90,9 +90,9 @@ def test_the_layer_has_the_shape_and_the_spectra_that_it_states() -> None:
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read from Linux's /proc")
 def test_the_peak_is_what_was_allocated_since() -> None:
     before = large_layer.restart_peak()
-    array = np.ones(4 << 20)  # 32 MB
+    array = np.ones(8 << 20)  # 64 MB: above what glibc would take from memory that was freed before
     del array
-    assert 30e6 < large_layer.resident("VmHWM") - before < 60e6
+    assert 60e6 < large_layer.resident("VmHWM") - before < 90e6
 
 
 def test_the_error_on_samples_is_that_of_the_outputs() -> None:
