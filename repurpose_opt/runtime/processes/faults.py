@@ -18,7 +18,7 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 
 from repurpose_opt.errors import RepurposeError
 from repurpose_opt.runtime.processes.group import ACTIVITY, LostContact
-from repurpose_opt.runtime.processes.members import ENDED, SUSPENDED, Member
+from repurpose_opt.runtime.processes.members import ENDED, SILENT, SUSPENDED, Member
 from repurpose_opt.runtime.processes.stop import Stopped
 
 POLL = 0.1
@@ -139,6 +139,8 @@ class Watch:
         if self._keeper is None:
             return _own_or("torchrun, which keeps the workers' store, ended")
         keeper = self.members[self._keeper]
+        # Its connections end a moment before a killed process is known to have ended.
+        self._until(lambda: keeper.condition() != SILENT)
         speech = _own_or(f"{self._named(self._keeper)}, which keeps the workers' store, {keeper.condition()}")
         keeper.kill()
         return speech
