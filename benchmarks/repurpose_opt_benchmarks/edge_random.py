@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from repurpose_opt.bench.testset import Instance
+from repurpose_opt.bench.testset import Instance, Settings
 from repurpose_opt.formulation import Edge
 from repurpose_opt.moments import Moments
 from repurpose_opt.problem import LayerProblem
@@ -25,6 +26,7 @@ class EdgeRandom:
 
     name = "edge-random"
     requires: tuple[str, ...] = ()
+    settings = Settings()
     title = "Edge on random layers, uneven capacities"
     description = (
         "Gaussian weights n × n, n = 64 to 4096, inputs of unequal variance, 4 or 8 workers whose capacities differ; "
@@ -37,8 +39,7 @@ class EdgeRandom:
     def __iter__(self) -> Iterator[Instance]:
         for n, workers in _SIZES:
             for seed in _SEEDS:
-                problem, formulation = edge_instance(n, workers, seed)
-                yield Instance(f"n{n}-P{workers}-{seed}", problem, formulation)
+                yield Instance(f"n{n}-P{workers}-{seed}", partial(edge_instance, n, workers, seed))
 
 
 def edge_instance(n: int, workers: int, seed: int) -> tuple[LayerProblem, Edge]:

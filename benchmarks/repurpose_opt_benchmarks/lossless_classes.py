@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from repurpose_opt.bench.testset import Instance
+from repurpose_opt.bench.testset import Instance, Settings
 from repurpose_opt.formulation import Lossless
 from repurpose_opt.problem import LayerProblem
 from repurpose_opt_benchmarks import minilm
@@ -102,6 +103,7 @@ class LosslessClasses:
         "comparison only. The real layers are MiniLM's feed-forward layers with the largest 1 % of their weights."
     )
     requires = minilm.REQUIRES
+    settings = Settings()
 
     def __len__(self) -> int:
         return 2 * len(_PAIRS)
@@ -109,17 +111,17 @@ class LosslessClasses:
     def __iter__(self) -> Iterator[Instance]:
         for number, pair in enumerate(_PAIRS):
             for which in (_TUNE, _JUDGE):
-                yield _instance(pair, number, which)
+                marks = (pair.kind, pair.detail, f"n{pair.n}", f"P{pair.workers}", "" if pair.is_even else "uneven")
+                name = "-".join([*filter(None, marks), str(which)])
+                yield Instance(name, partial(_built, pair, number, which), pair.kind, judge_once=which == _JUDGE)
 
 
-def _instance(pair: _Pair, number: int, which: int) -> Instance:
+def _built(pair: _Pair, number: int, which: int) -> tuple[LayerProblem, Lossless]:
     rng = np.random.default_rng([20261124, number, which])
     weight = pair.build(pair.n, pair.workers, rng, which)
-    m, n = weight.shape
+    m = weight.shape[0]
     capacity = None if pair.is_even else uneven_capacity(m, pair.workers, rng)
-    problem = LayerProblem.create(weight, pair.workers, capacity=capacity, value_bytes=1)
-    marks = filter(None, (pair.kind, pair.detail, f"n{n}", f"P{pair.workers}", "" if pair.is_even else "uneven"))
-    return Instance(f"{'-'.join(marks)}-{which}", problem, Lossless(), pair.kind, judge_once=which == _JUDGE)
+    return LayerProblem.create(weight, pair.workers, capacity=capacity, value_bytes=1), Lossless()
 
 
 def uneven_capacity(m: int, workers: int, rng: np.random.Generator) -> NDArray[np.int64]:

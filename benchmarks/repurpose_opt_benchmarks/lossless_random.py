@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 from scipy import sparse
 
-from repurpose_opt.bench.testset import Instance
+from repurpose_opt.bench.testset import Instance, Settings
 from repurpose_opt.formulation import Lossless
 from repurpose_opt.problem import LayerProblem
 
@@ -29,6 +30,7 @@ class LosslessRandom:
 
     name = "lossless-random"
     requires: tuple[str, ...] = ()
+    settings = Settings()
     title = "Lossless on sparse layers, random and planted"
     description = (
         "Sparse n × n layers, n = 64 to 1024, on 4 or 8 workers, values of one byte. `random`: nonzeros anywhere. "
@@ -41,8 +43,12 @@ class LosslessRandom:
     def __iter__(self) -> Iterator[Instance]:
         for kind, n, workers, density in _SIZES:
             for seed in _SEEDS:
-                problem = lossless_problem(n, workers, density, planted=kind == "planted", seed=seed)
-                yield Instance(f"{kind}-n{n}-P{workers}-{seed}", problem, Lossless())
+                build = partial(_instance, n, workers, density, kind == "planted", seed)
+                yield Instance(f"{kind}-n{n}-P{workers}-{seed}", build, kind)
+
+
+def _instance(n: int, workers: int, density: float, planted: bool, seed: int) -> tuple[LayerProblem, Lossless]:
+    return lossless_problem(n, workers, density, planted=planted, seed=seed), Lossless()
 
 
 def lossless_problem(n: int, workers: int, density: float, *, planted: bool, seed: int) -> LayerProblem:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 from scipy import sparse
 
-from repurpose_opt.bench.testset import Instance
+from repurpose_opt.bench.testset import Instance, Settings
 from repurpose_opt.formulation import Edge, Formulation, Lossless, Volume
 from repurpose_opt.moments import Moments
 from repurpose_opt.problem import LayerProblem
@@ -20,6 +21,7 @@ class Tiny:
 
     name = "tiny"
     requires: tuple[str, ...] = ()
+    settings = Settings()
     title = "Tiny problems of every formulation"
     description = (
         "4 to 8 neurons on 2 or 3 workers, with uneven capacities, link prices, value sizes, forbidden places, "
@@ -30,9 +32,14 @@ class Tiny:
         return len(_KINDS) * len(_SEEDS)
 
     def __iter__(self) -> Iterator[Instance]:
-        for name, (formulation, create) in _KINDS.items():
+        for name in _KINDS:
             for seed in _SEEDS:
-                yield Instance(f"{name}-{seed}", create(np.random.default_rng(seed)), formulation)
+                yield Instance(f"{name}-{seed}", partial(_instance, name, seed))
+
+
+def _instance(name: str, seed: int) -> tuple[LayerProblem, Formulation]:
+    formulation, create = _KINDS[name]
+    return create(np.random.default_rng(seed)), formulation
 
 
 def _plain(rng: np.random.Generator) -> LayerProblem:
