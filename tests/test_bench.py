@@ -9,7 +9,8 @@ import pytest
 from scipy import sparse
 
 from repurpose_opt import registry
-from repurpose_opt.bench.testset import Instance, load_all
+from repurpose_opt.bench.testset import Instance
+from repurpose_opt.bench.testsets import load_all
 from repurpose_opt.problem import dense
 from repurpose_opt.solve import solve_problem
 from repurpose_opt_benchmarks.__main__ import EXPERIMENTS
@@ -27,7 +28,7 @@ needs_minilm = pytest.mark.skipif(
 
 
 def test_all_sets_are_listed() -> None:
-    found = {testset.name: type(testset) for testset, _ in load_all()}
+    found = {testset.name: type(testset) for testset, _ in load_all()[0]}
     assert {testset.name: testset for testset in SETS}.items() <= found.items()
     assert list(found) == registry.names("testsets")
 

@@ -21,7 +21,9 @@ class Failure(enum.StrEnum):
     EXCEPTION = "exception"
     """The backend raised."""
     INVALID = "invalid"
-    """Its answer breaks a limit of the problem, or is none."""
+    """Its answer breaks a limit of the problem, or cannot be read."""
+    NO_ANSWER = "no answer"
+    """It ended by itself, at its time limit, without one."""
     INSTANCE = "instance"
     """The problem could not be built."""
 

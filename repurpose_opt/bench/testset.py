@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
-from repurpose_opt import registry
 from repurpose_opt.errors import InvalidArgument
 from repurpose_opt.formulation import Formulation
 from repurpose_opt.problem import LayerProblem
@@ -81,8 +80,3 @@ class TestSet(Protocol):
     def __iter__(self) -> Iterator[Instance]:
         """All instances, without building them: `Instance.problem` does."""
         ...
-
-
-def load_all() -> list[tuple[TestSet, str | None]]:
-    """Every registered test set by name, and the command that installs what its data come from if that is missing."""
-    return [(registry.load_class("testsets", found.name)(), found.install) for found in registry.registered("testsets")]

@@ -1,0 +1,54 @@
+"""What figures depend on beside their own settings: machine, versions and commit."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from pathlib import Path
+
+_ROOT = Path(__file__).resolve().parents[2]
+_SOURCES = ("repurpose_opt", "solvers", "benchmarks", ":(exclude)benchmarks/results")
+"""What a figure is made by: another experiment's result is no change of it."""
+
+
+def environment(*packages: str) -> dict[str, object]:
+    """Commit, cores, and versions of this package, NumPy, SciPy and those named; None for what is not known."""
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--", *_SOURCES)),
+        "cores": os.cpu_count(),
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        **{package: package_version(package) for package in ("repurpose-opt", "numpy", "scipy", *packages)},
+    }
+
+
+def capped_threads(threads: int) -> dict[str, str]:
+    """Environment of a process whose libraries are to use so many cores; they read it when they load."""
+    return dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+
+
+def distributions_of(module: str) -> list[str]:
+    """The distributions that a module or its top package comes from."""
+    return sorted(set(packages_distributions().get(module.partition(".")[0], ())))
+
+
+def package_version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    """What git answers about the checkout that this package is in; None outside one."""
+    if not (_ROOT / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(["git", *arguments], cwd=_ROOT, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
