@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import inspect
+import os
 import pickle
+import signal
 import struct
 import subprocess
 import sys
 import tempfile
 import threading
+import time
+import traceback
 from collections.abc import Callable
-from typing import IO, Any
+from importlib import import_module
+from typing import IO, Any, Protocol
 
 from repurpose_opt.errors import RepurposeError
 
 _LENGTH = struct.Struct("<Q")
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 5e-4, 0.02
+"""Seconds between two looks at a fork, longer and longer."""
 
 
 class DeadlinePassed(RepurposeError):
@@ -53,18 +60,14 @@ def last(function: Callable[..., Any], *arguments: Any, time_limit: float | None
 
 def _answer_of_child(function: Callable[..., Any], arguments: tuple[Any, ...], time_limit: float) -> tuple[Any, bool]:
     """(last answer or None, whether the child came to its end)."""
-    # A fresh interpreter: fork hangs after threaded native code, and spawn would run the caller's script again.
-    command = [sys.executable, "-c", "from repurpose_opt.isolation import answer; answer()"]
-    request = pickle.dumps((function.__module__, function.__qualname__, arguments))
-    with tempfile.TemporaryFile() as complaints, tempfile.TemporaryFile() as asked:
-        asked.write(request)
-        asked.seek(0)
-        child = subprocess.Popen(command, stdin=asked, stdout=subprocess.PIPE, stderr=complaints)
+    start = _forked if _is_safe_to_fork() else _fresh
+    with tempfile.TemporaryFile() as complaints:
+        child, pipe = start(function, arguments, complaints)
         answers: list[Any] = []
-        reader = threading.Thread(target=_read_answers, args=(child.stdout, answers), daemon=True)
+        reader = threading.Thread(target=_read_answers, args=(pipe, answers), daemon=True)
         reader.start()
         try:
-            child.wait(time_limit)
+            code = child.wait(time_limit)
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
@@ -73,11 +76,82 @@ def _answer_of_child(function: Callable[..., Any], arguments: tuple[Any, ...], t
             child.kill()
             raise
         answer = _collected(reader, answers)
-        if child.returncode != 0:
+        if code != 0:
             complaints.seek(0)
             said = complaints.read().decode(errors="replace").strip().split("\n")[-1]
-            raise RuntimeError(f"{function.__qualname__} ended with code {child.returncode}: {said}")
+            raise RuntimeError(f"{function.__qualname__} ended with code {code}: {said}")
         return answer, True
+
+
+class _Child(Protocol):
+    """The part of `subprocess.Popen` that is needed."""
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+    def kill(self) -> None: ...
+
+
+def _is_safe_to_fork() -> bool:
+    """Whether this process has one thread. Libraries that have started others leave forks with locks that nobody opens.
+
+    A fork has everything loaded: it starts in some milliseconds, a fresh interpreter with NumPy and a solver in half a
+    second or more.
+    """
+    try:
+        return len(os.listdir("/proc/self/task")) == 1
+    except OSError:  # not Linux
+        return False
+
+
+def _forked(
+    function: Callable[..., Any], arguments: tuple[Any, ...], complaints: IO[bytes]
+) -> tuple[_Child, IO[bytes]]:
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.close(reader)
+            _write_answers(function, arguments, writer, complaints.fileno())
+            code = 0
+        except BaseException:  # a fork must not go on with what its parent was doing
+            os.write(2, traceback.format_exc().encode())
+        finally:
+            os._exit(code)
+    os.close(writer)
+    return _Fork(child), os.fdopen(reader, "rb")
+
+
+class _Fork:
+    """A forked process, as `subprocess.Popen` would show it."""
+
+    def __init__(self, process: int) -> None:
+        self.process = process
+
+    def wait(self, timeout: float | None = None) -> int:
+        end = None if timeout is None else time.monotonic() + timeout
+        pause = _SHORTEST_PAUSE
+        while end is not None and os.waitid(os.P_PID, self.process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            left = end - time.monotonic()
+            if left <= 0:
+                raise subprocess.TimeoutExpired(str(self.process), timeout or 0.0)
+            time.sleep(min(pause, left))
+            pause = min(2 * pause, _LONGEST_PAUSE)
+        return os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
+
+    def kill(self) -> None:
+        os.kill(self.process, signal.SIGKILL)
+
+
+def _fresh(function: Callable[..., Any], arguments: tuple[Any, ...], complaints: IO[bytes]) -> tuple[_Child, IO[bytes]]:
+    # multiprocessing's spawn would run the caller's script again.
+    command = [sys.executable, "-c", "from repurpose_opt.isolation import answer; answer()"]
+    with tempfile.TemporaryFile() as asked:
+        asked.write(pickle.dumps((function.__module__, function.__qualname__, arguments)))
+        asked.seek(0)
+        child = subprocess.Popen(command, stdin=asked, stdout=subprocess.PIPE, stderr=complaints)
+    assert child.stdout is not None
+    return child, child.stdout
 
 
 def _collected(reader: threading.Thread, answers: list[Any]) -> Any:
@@ -96,15 +170,17 @@ def _read_answers(pipe: IO[bytes], answers: list[Any]) -> None:
 
 
 def answer() -> None:
-    """The child's side: reads one request from standard input and writes its answers to standard output."""
-    from importlib import import_module
-    from os import dup, dup2, fdopen
+    """A fresh interpreter's side: reads one request from standard input and writes its answers to standard output."""
+    module, name, arguments = pickle.loads(sys.stdin.buffer.read())
+    _write_answers(getattr(import_module(module), name), arguments, os.dup(1), 2)
 
-    # Native libraries print to standard output: give them standard error, and keep the pipe for the answers.
-    with fdopen(dup(1), "wb") as pipe:
-        dup2(2, 1)
-        module, name, arguments = pickle.loads(sys.stdin.buffer.read())
-        result = getattr(import_module(module), name)(*arguments)
+
+def _write_answers(function: Callable[..., Any], arguments: tuple[Any, ...], writer: int, complaints: int) -> None:
+    """Native libraries print to standard output: what they print goes to `complaints`, and only answers to `writer`."""
+    os.dup2(complaints, 1)
+    os.dup2(complaints, 2)
+    with os.fdopen(writer, "wb") as pipe:
+        result = function(*arguments)
         for found in result if inspect.isgenerator(result) else [result]:
             body = pickle.dumps(found)
             pipe.write(_LENGTH.pack(len(body)) + body)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +14,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from repurpose_opt import Edge, LayerProblem
+from repurpose_opt import Edge, LayerProblem, isolation
 from repurpose_opt.isolation import DeadlinePassed, call, last
 
 LONG = 60.0
+
+
+@pytest.fixture(autouse=True, params=[True, False], ids=["forked", "fresh"])
+def start(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to start a child."""
+    monkeypatch.setattr(isolation, "_is_safe_to_fork", lambda: request.param)
 
 
 def test_answer_equals_the_one_in_this_process() -> None:
@@ -61,8 +69,8 @@ def test_exception_in_the_child_names_its_last_line() -> None:
 
 
 def test_crash_of_the_child_is_an_error() -> None:
-    with pytest.raises(RuntimeError, match=r"abort ended with code -6"):
-        call(os.abort, time_limit=LONG)
+    with pytest.raises(RuntimeError, match=r"exec ended with code -9"):
+        call(exec, "import os; os.kill(os.getpid(), 9)", time_limit=LONG)
 
 
 def test_native_output_does_not_reach_the_answer() -> None:
@@ -114,3 +122,19 @@ def test_no_answer_before_the_deadline_is_said() -> None:
 def test_a_child_that_dies_between_answers_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="code 3"):
         last(counts_then_dies, 2, time_limit=60.0)
+
+
+@pytest.mark.parametrize(("threads", "parent"), [(0, "this"), (1, "other")])
+def test_a_process_with_threads_does_not_fork(threads: int, parent: str) -> None:
+    """A fork has what its parent has in memory, a fresh interpreter has not."""
+    code = f"""
+import builtins, sys, threading
+from repurpose_opt.isolation import call
+for _ in range({threads}):
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
+builtins.known = "this"
+print(call(eval, "getattr(__import__('builtins'), 'known', 'other')", time_limit={LONG}))
+"""
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=LONG)
+    assert done.stdout.strip() == parent, done.stderr
