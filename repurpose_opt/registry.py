@@ -23,10 +23,12 @@ class Registered:
     summary: str
     requires: tuple[str, ...]
     missing: tuple[str, ...]
+    is_clash: bool = False
+    """Whether two installed packages have this name, so that neither can be used."""
 
     @property
     def installed(self) -> bool:
-        return not self.missing
+        return not self.missing and not self.is_clash
 
     @property
     def install(self) -> str | None:
@@ -59,7 +61,8 @@ def names(kind: str) -> list[str]:
 def load(kind: str, name: str) -> Any:
     """The class registered as `name`.
 
-    Raises UnknownSolver, SolverNotInstalled (with the command that installs it) or DuplicateSolver.
+    Raises UnknownSolver, SolverNotInstalled (with the command that installs it), or DuplicateSolver for a name that two
+    installed packages have.
     """
     solver = load_class(kind, name)
     missing = _missing(solver)
@@ -86,6 +89,9 @@ def registered(kind: str) -> list[Registered]:
     """All entries of a kind, also those whose packages are missing."""
     listed = []
     for name, point in sorted(_entry_points(kind).items()):
+        if isinstance(point, _Clash):
+            listed.append(Registered(name, kind[:-1], point.message, (), (), is_clash=True))
+            continue
         try:
             solver = point.load()
         except ImportError as error:  # one broken plug-in must not hide the others
@@ -101,14 +107,28 @@ def _missing(solver: Any) -> tuple[str, ...]:
     return tuple(package for package in getattr(solver, "requires", ()) if find_spec(package) is None)
 
 
+@dataclass(frozen=True)
+class _Clash:
+    """Stands for the entry points of one name that say different things: none of them is loaded."""
+
+    kind: str
+    points: tuple[EntryPoint, ...]
+
+    @property
+    def message(self) -> str:
+        sources = " and ".join(point.value + (f" of {point.dist.name}" if point.dist else "") for point in self.points)
+        return f"{self.kind[:-1]} {self.points[0].name!r} is registered twice: {sources}; pip uninstall one of them"
+
+    def load(self) -> Any:
+        raise DuplicateSolver(self.message)
+
+
 @cache
-def _entry_points(kind: str) -> dict[str, EntryPoint]:
-    found: dict[str, EntryPoint] = {}
+def _entry_points(kind: str) -> dict[str, EntryPoint | _Clash]:
+    points: dict[str, dict[str, EntryPoint]] = {}
     for point in entry_points(group=f"repurpose_opt.{kind}"):
-        if point.name in found and found[point.name].value != point.value:
-            raise DuplicateSolver(
-                f"{kind[:-1]} {point.name!r} is registered twice: {found[point.name].value} and {point.value}; "
-                "uninstall one of them"
-            )
-        found[point.name] = point
-    return found
+        points.setdefault(point.name, {}).setdefault(point.value, point)
+    return {
+        name: next(iter(same.values())) if len(same) == 1 else _Clash(kind, tuple(same.values()))
+        for name, same in points.items()
+    }

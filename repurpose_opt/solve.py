@@ -32,6 +32,7 @@ from repurpose_opt.solver import (
     Termination,
     time_left,
 )
+from repurpose_opt.trajectory import Incumbents, Point, extended
 
 AssignmentCost = Callable[[NDArray[np.int64] | None, Exchange | None], NDArray[np.float64]]
 MOST_ROUNDS = 60
@@ -101,6 +102,9 @@ def solve_layer(
     Raises InvalidArgument, UnknownSolver, SolverNotInstalled. A solve that ends without an answer is returned with
     its termination; `solution.require()` raises it. An answer that breaks a limit, a max_nmse that cannot be met for
     instance, has termination `error` and says so in `message` and `violations`.
+
+    `solution.stats["trajectory"]` has (seconds since the solve began, objective) of valid, ever better incumbents of
+    all stages: what each stage ended with, verified, and before it what its backend claims. The last is the answer's.
     """
     moments = _moments(
         inputs=inputs,
@@ -144,6 +148,7 @@ def solve_problem(
     start: ArrayLike | None = None,
 ) -> LayerSolution:
     """`solve_layer` for a problem that exists already."""
+    began = time.perf_counter()
     if isinstance(formulation, type) or not isinstance(formulation, Formulation):
         raise InvalidArgument("formulation", repr(formulation), "an Edge, Volume, Lossless or other Formulation")
     for argument, name in (("partitioner", partitioner), ("pruner", pruner)):
@@ -161,7 +166,7 @@ def solve_problem(
     if reason is not None:
         message = f"pruner {chosen}: {reason}"
         return LayerSolution(problem, formulation, Termination.UNSUPPORTED, message=message)
-    return _Chain(problem, formulation, options, with_pruner).run(stages, _checked_start(problem, start))
+    return _Chain(problem, formulation, options, with_pruner, began).run(stages, _checked_start(problem, start))
 
 
 def _stage(part: str) -> tuple[Partitioner, float]:
@@ -184,15 +189,17 @@ def alternate(
     prune: Prune,
     assignment_cost: AssignmentCost,
     assign: Callable[[NDArray[np.float64]], NDArray[np.int64]],
+    began: float | None = None,
 ) -> Candidate:
     """Assign the neurons by their cost given the transfers, choose the transfers anew, and so on.
 
     From each of the starts, owners (m,), with the first pruner of the chain; then from the best with the pruners after
     it, each of which improves the transfers as they are. Where the cost given the transfers is exact (damping 0), a
     round is accepted only if the verified objective does not rise; where it is only marginal, up to 60 damped rounds
-    run and the best is kept. `assign` maps costs (m, P) to owners (m,).
+    run and the best is kept. `assign` maps costs (m, P) to owners (m,). `began` is when the trajectory begins, on
+    `time.monotonic()`; now by default.
     """
-    loop = _Alternation(problem, formulation, options, assignment_cost, assign)
+    loop = _Alternation(problem, formulation, options, assignment_cost, assign, Incumbents(began))
     first, *others = prune.stages
     found = [loop.run(first, starts[0], None)]
     for owner in starts[1:]:
@@ -205,7 +212,7 @@ def alternate(
     termination = Termination.TIME_LIMIT if loop.deadline.passed else Termination.HEURISTIC
     if best.termination is Termination.OPTIMAL:  # proved by the pruner: no other owners are allowed
         termination = best.termination
-    stats = {**best.stats, "rounds": loop.rounds}
+    stats = {**best.stats, "rounds": loop.rounds, "trajectory": loop.incumbents.points}
     return Candidate(termination, best.owner, best.exchange, best.bound, message=best.message, stats=stats)
 
 
@@ -218,6 +225,7 @@ class _Alternation:
     options: SolveOptions
     assignment_cost: AssignmentCost
     assign: Callable[[NDArray[np.float64]], NDArray[np.int64]]
+    incumbents: Incumbents
     rounds: int = 0
 
     def __post_init__(self) -> None:
@@ -247,7 +255,10 @@ class _Alternation:
 
     def _pruned(self, stage: PruneStage, owner: NDArray[np.int64], before: LayerSolution | None) -> LayerSolution:
         candidate = stage(owner, None if before is None else before.exchange)
-        return verify(self.problem, self.formulation, candidate, self.options)
+        solution = verify(self.problem, self.formulation, candidate, self.options)
+        if solution.owner is not None and not solution.violations:
+            self.incumbents.add(solution.objective)
+        return solution
 
 
 def _best(first: LayerSolution, second: LayerSolution) -> LayerSolution:
@@ -259,9 +270,16 @@ class _Chain:
     """Runs the stages of one solve; each starts from the best so far."""
 
     def __init__(
-        self, problem: LayerProblem, formulation: Formulation, options: SolveOptions, pruner: PrunerChain
+        self,
+        problem: LayerProblem,
+        formulation: Formulation,
+        options: SolveOptions,
+        pruner: PrunerChain,
+        began: float,
     ) -> None:
         self.problem, self.formulation, self.options, self.pruner = problem, formulation, options, pruner
+        self.began = began
+        self.trajectory: list[Point] = []
         self.deadline = Deadline(options.time_limit)
         self.best: LayerSolution | None = None
         self.bound: float | None = None
@@ -275,7 +293,8 @@ class _Chain:
         if start is not None:
             # A partitioner that goes on from it with every pruner spares the others here.
             prune = self.prune.by_first if getattr(stages[0][0], "keeps_start", False) else self.prune
-            self._keep("start", self._guarded("start", lambda: prune(start)), time.perf_counter())
+            began = time.perf_counter()
+            self._keep("start", self._guarded("start", lambda: prune(start)), began)
         last = None
         for stage, share in stages:
             if self.best is not None and self._proved():
@@ -302,6 +321,9 @@ class _Chain:
             self.problem, self.formulation, time_left(self.options, self.deadline, share), start, self.prune
         )
         if candidate.owner is not None and candidate.exchange is None:
+            wrong = metrics.placement_violations(self.problem, np.asarray(candidate.owner))
+            if wrong:  # pruners trust owners
+                return Candidate(Termination.ERROR, message=f"{stage.name}: {'; '.join(wrong)}")
             pruned = self.prune(candidate.owner)
             termination = candidate.termination
             if pruned.termination is not Termination.HEURISTIC and termination is Termination.HEURISTIC:
@@ -330,11 +352,20 @@ class _Chain:
                 self.best = solution
             self.bound = _highest(self.bound, solution.bound)
             self.surrogate_bound = _highest(self.surrogate_bound, solution.surrogate_bound)
+            if not solution.violations:
+                claims, since = candidate.stats.get("trajectory", ()), began - self.began
+                ended = since + entry["seconds"]
+                self.trajectory = extended(self.trajectory, claims, since, ended, solution.objective)
         self.log.append(entry)
         return solution
 
     def _result(self, last: LayerSolution | None) -> LayerSolution:
-        stats = {"stages": self.log, "pruner": self.pruner.name, **self.problem.moments.choice}
+        stats = {
+            "stages": self.log,
+            "trajectory": self.trajectory,
+            "pruner": self.pruner.name,
+            **self.problem.moments.choice,
+        }
         if self.best is None or self.best.owner is None:
             assert last is not None
             return replace(last, stats={**last.stats, **stats})

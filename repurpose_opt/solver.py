@@ -88,6 +88,10 @@ class Candidate:
     claimed_objective: float | None = None
     message: str = ""
     stats: Mapping[str, Any] = field(default_factory=dict)
+    """Anything that the backend tells of its search. One key is known: "trajectory", a list of (seconds since `solve`
+    began, objective) of incumbents, in the units of the formulation's objective (`trajectory.Incumbents` records it).
+    The solution's "trajectory" is that of all stages, without claims below what was verified.
+    """
 
 
 PruneStage = Callable[[NDArray[np.int64], Exchange | None], Candidate]

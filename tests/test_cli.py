@@ -80,7 +80,9 @@ def test_help_explains_every_option(parser: argparse.ArgumentParser, run: Run) -
 
 def test_verbs() -> None:
     verbs = [parser.prog for parser in parsers(cli._parser())]
-    expected = ["", " demo", " solve", " run", " worker", " simulate", " export", " solvers", " bench", " bench list"]
+    expected = ["", " demo", " solve", " run", " worker", " simulate", " export", " solvers"]
+    expected += [" bench", *(f" bench {verb}" for verb in ("list", "run", "check", "report", "export", "compare"))]
+    expected += [" new-solver"]
     assert verbs == [f"repurpose-opt{verb}" for verb in expected]
 
 
@@ -187,7 +189,8 @@ def test_bench_list(run: Run) -> None:
     assert (code, err) == (0, "")
     found = {entry["name"]: entry for entry in json.loads(out)}
     assert {"tiny", "edge-random", "lossless-random"} <= set(found)
-    assert all(set(entry) == {"name", "title", "description", "instances", "install"} for entry in found.values())
+    columns = {"name", "title", "description", "instances", "install", "error"}
+    assert all(set(entry) == columns for entry in found.values())
     assert all(isinstance(entry["instances"], int) and entry["instances"] > 0 for entry in found.values())
     code, out, err = run("bench", "list")
     assert (code, err) == (0, "")

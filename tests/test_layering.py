@@ -13,7 +13,7 @@ CORE = ROOT / "repurpose_opt"
 
 ORDER = [
     {"errors"},
-    {"isolation", "progress"},  # aside: they know nothing of the core but its errors
+    {"isolation", "progress", "trajectory"},  # aside: they know nothing of the core but its errors
     {"accumulator"},
     {"moments"},
     {"problem"},
@@ -30,7 +30,8 @@ ORDER = [
     {"auto"},
     {"solve"},
     {"network_solve"},
-    {"network", "runtime", "platform", "bench", "testing", "files", "formats"},
+    {"network", "runtime", "platform", "testing", "files", "formats"},
+    {"bench"},
     {"demo"},
     {"cli", "__init__", "__main__"},
 ]

@@ -102,13 +102,19 @@ def test_packages_that_are_no_extra_are_installed_by_their_own_name():
 
 
 def test_two_backends_of_one_name_are_refused(install: Callable[..., None]):
-    install(("ours", "one.module:Ours"), ("ours", "other.module:Ours"))
+    other = ("theirs", "repurpose_opt_solvers.munkres_:Munkres")
+    install(("ours", "one.module:Ours"), other, ("ours", "other.module:Ours"))
     with pytest.raises(DuplicateSolver) as raised:
-        registry.names("partitioners")
+        solve_layer(W, 2, partitioner="ours")
     text = str(raised.value)
     for part in ("'ours'", "one.module:Ours", "other.module:Ours", "uninstall"):
         assert part in text
     assert "\n" not in text
+    listed = {entry.name: entry for entry in registry.registered("partitioners")}
+    assert not listed["ours"].installed
+    assert listed["ours"].install is None
+    assert listed["theirs"].installed
+    assert registry.load("partitioners", "theirs")().name == "munkres"
 
 
 def test_one_backend_that_is_found_twice_is_one(install: Callable[..., None]):

@@ -171,9 +171,8 @@ def gain(name: str, seed: int, limit: float) -> Row:
     solution = solve_problem(problem_of(name), Lossless(), options, partitioner="metis+mip")
     first = solution.stats["stages"][0]
     alone = solve_problem(problem_of(name), Lossless(), SolveOptions(seed=seed), partitioner="metis")
-    trajectory = [(first["seconds"] + at, cost) for at, cost in solution.stats.get("trajectory", ())]
     after = {
-        f"{moment:g}": min([first["objective"], *(cost for at, cost in trajectory if at <= moment)])
+        f"{moment:g}": min([first["objective"], *(cost for at, cost in solution.stats["trajectory"] if at <= moment)])
         for moment in _AFTER
         if moment <= limit
     }

@@ -13,7 +13,7 @@ from scipy.special import ndtr, ndtri
 from repurpose_opt.bench.claims import SAME, ZERO
 from repurpose_opt.bench.row import Row
 
-RESAMPLES = 2000
+RESAMPLES = 4000
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ class Row:
     P: int | None
     nonzeros: int | None
     termination: str
-    """A `Termination`, verified; `error` with every failure but a time-out, which has `time_limit`."""
+    """A `Termination`, verified; `error` with every failure but TIMEOUT and NO_ANSWER, which have `time_limit`."""
     failure: Failure | None
     """None for an answer that holds, and where the solver said `infeasible` or `unsupported`."""
     message: str

@@ -7,17 +7,18 @@ from pathlib import Path
 
 from repurpose_opt import registry
 from repurpose_opt.bench.testset import TestSet
+from repurpose_opt.errors import DuplicateSolver
 
 
 def load_all() -> tuple[list[tuple[TestSet, str | None]], dict[str, str]]:
     """Every registered test set by name, with the command that installs what its data come from if that is missing;
-    and, by name, why others cannot be imported."""
+    and, by name, why others cannot be loaded."""
     loaded: list[tuple[TestSet, str | None]] = []
     broken = {}
     for found in registry.registered("testsets"):
         try:
             loaded.append((registry.load_class("testsets", found.name)(), found.install))
-        except ImportError as error:
+        except (ImportError, DuplicateSolver) as error:
             broken[found.name] = " ".join(str(error).split())
     return loaded, broken
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from repurpose_opt import __version__
-from repurpose_opt.cli import bench, demo, export, run, simulate, solve, solvers, worker
+from repurpose_opt.cli import bench, demo, export, new_solver, run, simulate, solve, solvers, worker
 from repurpose_opt.cli.text import FAILED, PROGRAM, fail
 from repurpose_opt.errors import RepurposeError
 
@@ -26,6 +26,7 @@ examples:
   repurpose-opt export layer.npz --to hgr --workers 4 --formulation lossless
                                                           the same instance for other people's solvers
   repurpose-opt solvers                                   what can solve it, and what is not installed
+  repurpose-opt new-solver mine                           a backend of your own, to begin with
   repurpose-opt VERB --help                               the options of a verb
 exit codes: 0 fine, 1 the run failed, 2 wrong usage"""
 
@@ -59,6 +60,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    for verb in (demo, solve, run, worker, simulate, export, solvers, bench):
+    for verb in (demo, solve, run, worker, simulate, export, solvers, bench, new_solver):
         verb.add(verbs)
     return parser

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -56,7 +57,7 @@ def add(verbs: Any) -> None:
     verb.add_argument("--output", type=Path, metavar="DIR", help="where to; default: the folder of the run")
     verb.add_argument("--json", action="store_true", help="print the names of the files as JSON")
     verb = _add_of_folder(actions, "export", "write the rows of a run to a Parquet file", _export)
-    verb.add_argument("file", type=Path, metavar="FILE.parquet")
+    verb.add_argument("file", type=Path, metavar="FILE.parquet", help="is replaced if it exists")
     verb = add_verb(actions, "compare", "find regressions between two runs; exit code 1 if there are any")
     verb.add_argument("old", type=Path, metavar="OLD", help="folder of the run before")
     verb.add_argument("new", type=Path, metavar="NEW", help="folder of the run after")
@@ -75,7 +76,7 @@ def _add_of_folder(actions: Any, name: str, summary: str, run: Any) -> argparse.
 
 def _add_run(actions: Any) -> None:
     verb = add_verb(actions, "run", "solve the instances of test sets with several solvers", epilog=_RUN_EPILOG)
-    verb.add_argument("testsets", nargs="+", metavar="SET")
+    verb.add_argument("testsets", nargs="+", metavar="SET", help='a name of "bench list", or a folder: see below')
     verb.add_argument("--solvers", metavar="LIST", help="with commas; default: all that are installed")
     verb.add_argument("--only", default="*", metavar="PATTERN", help="instances by name, for instance 'random-n64*'")
     verb.add_argument("--seeds", type=positive, metavar="N", help="0 … N−1; default: the test set's, mostly 3")
@@ -119,7 +120,7 @@ def _list(args: argparse.Namespace) -> int:
     for entry in listed:
         title = f"to install: {entry['install']}" if entry["install"] else entry["title"]
         if entry["error"]:
-            title = f"cannot be imported: {entry['error']}"
+            title = f"cannot be loaded: {entry['error']}"
         rows.append((entry["name"], str(entry.get("instances") or ""), title))
     print(aligned(rows))
     return 0
@@ -229,7 +230,7 @@ def _say_summary(args: argparse.Namespace, folder: Path, rows: Sequence[Row], ad
         table.append(
             (
                 each.solver,
-                f"{each.answered} of {each.solves - each.unsupported}",
+                f"{each.answered} of {each.solves}",
                 str(each.proved),
                 ", ".join(f"{count} {kind}" for kind, count in each.failures.items() if count) or "–",
                 str(each.refused) if each.refused else "–",
@@ -310,5 +311,20 @@ def _compare(args: argparse.Namespace) -> int:
     comparison = compare(
         old, new, objective_tolerance=args.objective_tolerance, seconds_tolerance=args.seconds_tolerance
     )
-    print(json.dumps(asdict(comparison), indent=2, default=str) if args.json else rendered(comparison))
+    if args.json:
+        told = asdict(comparison)
+        for entry, solver in zip(told["solvers"], comparison.solvers, strict=True):
+            entry |= {"regressed": solver.regressed, "reasons": solver.reasons}
+        print(json.dumps(_finite({"regressed": comparison.regressed, **told}), indent=2))
+    else:
+        print(rendered(comparison))
     return FAILED if comparison.regressed else 0
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: null stands for it."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

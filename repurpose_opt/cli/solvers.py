@@ -34,7 +34,8 @@ def _solvers(args: argparse.Namespace) -> int:
         return 0
     rows = [("KIND", "NAME", "STATUS", "SUMMARY")]
     for entry in found:
-        rows.append((entry.kind, entry.name, "installed" if entry.installed else "missing", entry.summary))
+        status = "installed" if entry.installed else "unusable" if entry.is_clash else "missing"
+        rows.append((entry.kind, entry.name, status, entry.summary))
         if entry.install is not None:
             rows.append(("", "", "", f"to install: {entry.install}"))
     print(aligned(rows))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -39,9 +40,10 @@ class Alternate:
         start: NDArray[np.int64] | None,
         prune: Prune,
     ) -> Candidate:
+        began = time.monotonic()
         # Edge sees the diagonal only, Lossless the weight itself, which on_diagonal replaces by its target.
         seen = on_diagonal(problem) if isinstance(formulation, Volume) else problem
-        return alternate_on(seen, problem, formulation, options, start, prune, [seen])
+        return alternate_on(seen, problem, formulation, options, start, prune, [seen], began)
 
 
 def alternate_on(
@@ -52,10 +54,12 @@ def alternate_on(
     start: NDArray[np.int64] | None,
     prune: Prune,
     start_seen: Sequence[LayerProblem],
+    began: float,
 ) -> Candidate:
     """The alternation with the assignment costs of the problem `seen`; pruned and verified on the true one.
 
     Without a start, from the owners of least cost before anything is sent, as each problem of `start_seen` has it.
+    The trajectory counts from `began`, on `time.monotonic()`.
     """
 
     def cost(owner: NDArray[np.int64] | None, exchange: Exchange | None) -> NDArray[np.float64]:
@@ -84,7 +88,7 @@ def alternate_on(
             if start is not None
             else [assign_costs(formulation.assignment_cost(other, None, None)) for other in start_seen]
         )
-        found = alternate(problem, formulation, options, starts, prune, cost, assign_costs)
+        found = alternate(problem, formulation, options, starts, prune, cost, assign_costs, began)
     except Infeasible as reason:
         return reason.candidate()
     if not gave_up:

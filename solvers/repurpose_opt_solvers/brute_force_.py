@@ -14,6 +14,7 @@ from repurpose_opt.exchange import Exchange
 from repurpose_opt.formulation import Formulation
 from repurpose_opt.problem import LayerProblem
 from repurpose_opt.solver import Candidate, Deadline, Prune, SolveOptions, Termination
+from repurpose_opt.trajectory import Incumbents, Point
 
 _MOST_CASES = 300_000
 
@@ -42,25 +43,30 @@ class BruteForce:
     ) -> Candidate:
         deadline = Deadline(options.time_limit)
         best: tuple[float, NDArray[np.int64], Exchange] | None = None
+        incumbents = Incumbents()
         for owner in _placements(problem):
             for exchange in _exchanges(problem, formulation, owner):
                 if deadline.passed:
-                    return _answer(best, Termination.TIME_LIMIT)
+                    return _answer(best, Termination.TIME_LIMIT, incumbents.points)
                 weight = formulation.repair(problem, owner, exchange)
                 value = formulation.objective(problem, owner, exchange, weight)
                 better = best is None or value < best[0]
                 if better and not formulation.violations(problem, owner, exchange, weight):
                     best = value, owner, exchange
-        return _answer(best, Termination.OPTIMAL)
+                    incumbents.add(value)
+        return _answer(best, Termination.OPTIMAL, incumbents.points)
 
 
-def _answer(best: tuple[float, NDArray[np.int64], Exchange] | None, termination: Termination) -> Candidate:
+def _answer(
+    best: tuple[float, NDArray[np.int64], Exchange] | None, termination: Termination, trajectory: list[Point]
+) -> Candidate:
     if best is None:
         none_found = Termination.INFEASIBLE if termination is Termination.OPTIMAL else termination
         return Candidate(none_found, message="no placement satisfies the constraints")
     value, owner, exchange = best
     bound = value if termination is Termination.OPTIMAL else None
-    return Candidate(termination, owner, exchange, bound=bound, claimed_objective=value)
+    stats = {"trajectory": trajectory}
+    return Candidate(termination, owner, exchange, bound=bound, claimed_objective=value, stats=stats)
 
 
 def _placements(problem: LayerProblem) -> Iterator[NDArray[np.int64]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -29,5 +31,6 @@ class Compensated:
         start: NDArray[np.int64] | None,
         prune: Prune,
     ) -> Candidate:
+        began = time.monotonic()
         starts = [problem] if problem.moments.is_diagonal else [problem, on_diagonal(problem)]
-        return alternate_on(problem, problem, formulation, options, start, prune, starts)
+        return alternate_on(problem, problem, formulation, options, start, prune, starts, began)

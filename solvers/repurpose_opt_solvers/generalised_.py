@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -35,7 +37,9 @@ class Generalised:
         start: NDArray[np.int64] | None,
         prune: Prune,
     ) -> Candidate:
+        began = time.monotonic()
         cost = formulation.assignment_cost(problem, None, None)
+        spent = time.monotonic() - began
         is_timed = options.time_limit is not None
         is_large = problem.m * problem.P > _MANY
         try:
@@ -59,5 +63,5 @@ class Generalised:
             found.owner,
             bound=found.bound,
             claimed_objective=least,
-            stats=found.stats,
+            stats={**found.stats, "trajectory": [(spent + seconds, total) for seconds, total in found.trajectory]},
         )

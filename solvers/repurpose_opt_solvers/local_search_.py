@@ -17,6 +17,7 @@ from repurpose_opt.hypergraph import Hypergraph
 from repurpose_opt.isolation import DeadlinePassed, last
 from repurpose_opt.problem import LayerProblem
 from repurpose_opt.solver import Candidate, Deadline, Prune, SolveOptions, Termination
+from repurpose_opt.trajectory import Incumbents, Point
 from repurpose_opt_solvers.alternate_ import Alternate
 
 # Temperatures in units of the typical price of a transfer. A round cools from one of the hot ones to the cold one;
@@ -68,12 +69,15 @@ class LocalSearch:
         start: NDArray[np.int64] | None,
         prune: Prune,
     ) -> Candidate:
+        began = time.monotonic()
         deadline = Deadline(options.time_limit)
+        trajectory: list[Point] = []
         if start is None:
             first = Alternate().solve(problem, formulation, options, None, prune)
             if first.owner is None or deadline.passed:
                 return first
             start = first.owner
+            trajectory += first.stats.get("trajectory", ())
         hypergraph = formulation.hypergraph(problem, start)
         assert hypergraph is not None
         if problem.P == 1 or problem.m == 1:
@@ -84,11 +88,14 @@ class LocalSearch:
         # Where numba would compile first, a child does: it cannot be interrupted.
         enforced = None if remaining is None or is_compiled() else remaining
         try:
-            answer, _ = last(search, problem, hypergraph, start, options.seed, remaining, time_limit=enforced)
+            answer, _ = last(search, problem, hypergraph, start, options.seed, remaining, began, time_limit=enforced)
         except DeadlinePassed:
-            return Candidate(Termination.TIME_LIMIT, start, message="numba had not compiled the search in time")
-        owner, stats = answer
-        return Candidate(Termination.HEURISTIC, owner, stats=stats)
+            late = "numba had not compiled the search in time"
+            return Candidate(Termination.TIME_LIMIT, start, message=late, stats={"trajectory": trajectory})
+        owner, points, stats = answer
+        if hypergraph.is_exact:
+            trajectory += points
+        return Candidate(Termination.HEURISTIC, owner, stats={**stats, "trajectory": trajectory})
 
 
 @cache
@@ -105,25 +112,27 @@ def is_compiled() -> bool:
 
 
 def search(
-    problem: LayerProblem, hypergraph: Hypergraph, start: NDArray[np.int64], seed: int, time_limit: float | None
-) -> Iterator[tuple[NDArray[np.int64], dict[str, Any]]]:
-    """The best owners (m,) so far and what was done, after each round.
+    problem: LayerProblem,
+    hypergraph: Hypergraph,
+    start: NDArray[np.int64],
+    seed: int,
+    time_limit: float | None,
+    began: float,
+) -> Iterator[tuple[NDArray[np.int64], list[Point], dict[str, Any]]]:
+    """The best owners (m,) so far, the trajectory of costs since `began` and what was done, after each round.
 
     One round from each hot temperature, then longer ones from the temperature that did best: one, or as many as the
     limit allows. Deterministic without a limit.
     """
     deadline = Deadline(time_limit)
-    annealing = _annealing(problem, hypergraph, start, seed)
+    annealing = _annealing(problem, hypergraph, start, seed, began)
     proposals = max(1, int(_PROPOSALS_PER_NEURON * problem.m / annealing.effort))
     reached: dict[float, float] = {}
     rounds = 0
-    trace: list[tuple[float, float]] = []
 
-    def answer() -> tuple[NDArray[np.int64], dict[str, Any]]:
-        if time_limit is not None:
-            trace.append((time_limit - (deadline.remaining or 0.0), annealing.best))
-        stats = {"rounds": rounds, "proposals": annealing.done, "trace": tuple(trace)}
-        return annealing.best_owner, stats
+    def answer() -> tuple[NDArray[np.int64], list[Point], dict[str, Any]]:
+        stats = {"rounds": rounds, "proposals": annealing.done}
+        return annealing.best_owner, annealing.incumbents.points, stats
 
     for hot in _HOT:
         share = None if time_limit is None else _EXPLORED * time_limit
@@ -140,10 +149,12 @@ def search(
             break
 
 
-def _annealing(problem: LayerProblem, hypergraph: Hypergraph, start: NDArray[np.int64], seed: int) -> _Annealing:
+def _annealing(
+    problem: LayerProblem, hypergraph: Hypergraph, start: NDArray[np.int64], seed: int, began: float | None = None
+) -> _Annealing:
     if not hypergraph.keeps_all:
-        return _Energies(problem, hypergraph, start, seed)
-    return (_Nets if hypergraph.communication == "total" else _Busiest)(problem, hypergraph, start, seed)
+        return _Energies(problem, hypergraph, start, seed, began)
+    return (_Nets if hypergraph.communication == "total" else _Busiest)(problem, hypergraph, start, seed, began)
 
 
 class _Annealing(ABC):
@@ -153,9 +164,15 @@ class _Annealing(ABC):
     """By how much fewer proposals a round has, since each costs more."""
     chunk = 1 << 16
     """Proposals between two looks at the clock: milliseconds."""
+    knows_cost = True
+    """Whether what it minimises is the hypergraph's cost; if not, incumbents are scored after each round only."""
 
-    def __init__(self, problem: LayerProblem, hypergraph: Hypergraph, start: NDArray[np.int64], seed: int) -> None:
+    def __init__(
+        self, problem: LayerProblem, hypergraph: Hypergraph, start: NDArray[np.int64], seed: int, began: float | None
+    ) -> None:
         self.problem, self.hypergraph = problem, hypergraph
+        self.incumbents = Incumbents(began)
+        self.incumbents.add(hypergraph.cost(start))
         m, P = problem.m, problem.P
         self.fixed = np.zeros((m, P)) if hypergraph.fixed_cost is None else hypergraph.fixed_cost
         unit, slack = problem.load.mean(), 1e-9 * problem.m
@@ -197,6 +214,8 @@ class _Annealing(ABC):
         while progress < 1.0:
             temperature = self.typical * hot * (_COLD / hot) ** progress
             cost, least = self.run(cost, least, steps, temperature, strictness)
+            if self.knows_cost:
+                self.incumbents.add(least)
             is_loose = self.excess > _EXCESS * self.problem.P * (1 - progress)
             strictness = max(_STRICTEST**progress, strictness * (_STRICTER if is_loose else 1 / _STRICTER))
             done += steps
@@ -206,6 +225,8 @@ class _Annealing(ABC):
         self.done += done
         if least < self.best:
             self.best, self.best_owner = least, self.incumbent
+            if not self.knows_cost:
+                self.incumbents.add(self.hypergraph.cost(self.best_owner))
         return least
 
     @property
@@ -252,6 +273,7 @@ class _Busiest(_Annealing):
 
     effort = 16
     chunk = 1 << 12
+    knows_cost = False
 
     @cached_property
     def typical(self) -> float:
@@ -285,8 +307,10 @@ class _Energies(_Annealing):
 
     chunk = 1 << 9
 
-    def __init__(self, problem: LayerProblem, hypergraph: Hypergraph, start: NDArray[np.int64], seed: int) -> None:
-        super().__init__(problem, hypergraph, start, seed)
+    def __init__(
+        self, problem: LayerProblem, hypergraph: Hypergraph, start: NDArray[np.int64], seed: int, began: float | None
+    ) -> None:
+        super().__init__(problem, hypergraph, start, seed, began)
         read = np.flatnonzero(np.diff(hypergraph.pins.tocsc().indptr))
         self.energy = np.zeros((problem.m + 1, len(read)))
         self.energy[:-1] = hypergraph.pins[:, read].toarray()

@@ -11,6 +11,7 @@ sees neither link prices nor `allowed`: the first are refused, the second is hon
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +27,7 @@ from repurpose_opt.isolation import DeadlinePassed, call, last
 from repurpose_opt.problem import LayerProblem
 from repurpose_opt.repair import column_energy, value_pins
 from repurpose_opt.solver import Candidate, Prune, SolveOptions, Termination
+from repurpose_opt.trajectory import Incumbents
 from repurpose_opt_solvers.metis_library import Graph, partition_graph
 from repurpose_opt_solvers.transport import nearest_placement
 
@@ -78,8 +80,9 @@ class Metis:
     def _solve_lossless(
         self, problem: LayerProblem, formulation: Lossless, options: SolveOptions, start: NDArray[np.int64] | None
     ) -> Candidate:
+        began = time.monotonic()
         try:
-            best, is_finished = last(search, problem, formulation, options.seed, time_limit=options.time_limit)
+            best, is_finished = last(search, problem, formulation, options.seed, began, time_limit=options.time_limit)
         except DeadlinePassed:
             return Candidate(Termination.TIME_LIMIT, start, message="METIS was ended at the time limit")
         found: Candidate = best
@@ -131,8 +134,9 @@ class Attempt:
         )
 
 
-def search(problem: LayerProblem, formulation: Lossless, seed: int) -> Iterator[Candidate]:
-    """After each attempt, the one of least volume after its repair so far."""
+def search(problem: LayerProblem, formulation: Lossless, seed: int, began: float) -> Iterator[Candidate]:
+    """After each attempt, the one of least volume after its repair so far; the trajectory from `began` on."""
+    incumbents = Incumbents(began)
     hypergraph = nets(problem, formulation.communication)
     best: Candidate | None = None
     volumes: dict[str, float] = {}
@@ -147,7 +151,8 @@ def search(problem: LayerProblem, formulation: Lossless, seed: int) -> Iterator[
         if best is None or volume < min(volumes.values()):
             best = repaired
         volumes[name] = volume
-        yield replace(best, stats={"volume_of_attempts": dict(volumes)})
+        incumbents.add(volume)
+        yield replace(best, stats={"volume_of_attempts": dict(volumes), "trajectory": incumbents.points})
 
 
 def search_network(

@@ -217,9 +217,10 @@ def _candidate(
     if found.owner is None:
         return Candidate(ended, message="no placement was found in time", stats=found.stats)
     if not task.hypergraph.is_exact:
+        stats = {key: told for key, told in found.stats.items() if key != "trajectory"}  # of the stand-in's costs
         if found.cost - found.bound <= options.relative_gap * max(abs(found.cost), 1e-12):
             ended = Termination.HEURISTIC  # the stand-in is solved: time was not what ended it
-        return Candidate(ended, found.owner, surrogate_bound=bound, stats=found.stats)
+        return Candidate(ended, found.owner, surrogate_bound=bound, stats=stats)
     if task.budget is None:
         exchange = formulation.select(problem, found.owner)
     else:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from repurpose_opt.hypergraph import Hypergraph
 from repurpose_opt.linear_model import LinearModel, model_of
 from repurpose_opt.solver import Deadline
+from repurpose_opt.trajectory import Incumbents
 from repurpose_opt_solvers.bounds import relaxation, worker_bounds
 from repurpose_opt_solvers.mip_engines import Answer, Effort, answers, raised
 from repurpose_opt_solvers.neighbourhoods import ROUNDS_WITHOUT_A_LIMIT, Loads, improvements
@@ -154,7 +155,7 @@ class _Search:
         self.owner, self.sent = task.start, task.sent
         self.bound = task.bound
         self.is_infeasible = False
-        self.trajectory: list[tuple[float, float]] = []
+        self.incumbents = Incumbents(task.began)
         self.parts: list[dict[str, Any]] = []
         self.cost = np.inf
         if task.start is not None:
@@ -166,7 +167,7 @@ class _Search:
         return self.is_infeasible or self.cost - self.bound <= self.task.relative_gap * max(abs(self.cost), 1e-12)
 
     def found(self) -> Found:
-        stats = {"parts": [dict(part) for part in self.parts], "trajectory": list(self.trajectory)}
+        stats = {"parts": [dict(part) for part in self.parts], "trajectory": list(self.incumbents.points)}
         return Found(self.owner, self.sent, self.cost, min(self.bound, self.cost), self.is_infeasible, stats)
 
     def engine(self, engine: str, share: float) -> Iterator[Found]:
@@ -231,7 +232,7 @@ class _Search:
 
     def _accept(self, owner: NDArray[np.int64], sent: NDArray[np.bool_] | None, cost: float) -> None:
         self.owner, self.sent, self.cost = owner, sent, cost
-        self.trajectory.append((time.monotonic() - self.task.began, cost))
+        self.incumbents.add(cost)
 
     def _raise(self, bound: float) -> None:
         if np.isfinite(bound):

@@ -8,6 +8,7 @@ to every block that reads it, which is λ−1 and a constant.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import count, pairwise
@@ -23,6 +24,7 @@ from repurpose_opt.hypergraph import Hypergraph
 from repurpose_opt.isolation import DeadlinePassed, last
 from repurpose_opt.problem import LayerProblem
 from repurpose_opt.solver import Candidate, SolveOptions, Termination
+from repurpose_opt.trajectory import Incumbents
 from repurpose_opt_solvers.transport import Infeasible, assign, nearest_placement
 from repurpose_opt_solvers.twins import twin_groups
 
@@ -187,6 +189,7 @@ def solve_by_repeats(
     Without a limit in a child too: the libraries may end their process, and Mt-KaHyPar's answers depend on what was
     solved in it before, whatever the seed.
     """
+    began = time.monotonic()
     worker = _workers_with_block(problem)
     if len(worker) <= 1:
         return nearest_placement(problem, np.full(problem.m, worker.max(initial=0)))
@@ -194,7 +197,7 @@ def solve_by_repeats(
     assert hypergraph is not None
     limit = _NO_LIMIT if options.time_limit is None else _SHARE_OF_SEARCH * options.time_limit
     try:
-        candidate, is_finished = last(repeats, problem, hypergraph, options, start, engine, time_limit=limit)
+        candidate, is_finished = last(repeats, problem, hypergraph, options, start, engine, began, time_limit=limit)
     except DeadlinePassed:
         return Candidate(Termination.TIME_LIMIT, start, message=_NO_PARTITION)
     assert isinstance(candidate, Candidate)
@@ -207,12 +210,15 @@ def repeats(
     options: SolveOptions,
     start: NDArray[np.int64] | None,
     engine: Engine,
+    began: float | None = None,
 ) -> Iterator[Candidate]:
     """The best placement so far, its balance repaired: partitions without end if there is a time limit, else one.
 
     The first partition begins at `start`. Each sees vertices and nets in another order, drawn from options.seed.
     Under a time limit without a start, the cheapest placement by itself is there while there is no partition.
+    `began` is when the trajectory begins, on `time.monotonic()`; now by default.
     """
+    incumbents = Incumbents(began)
     best: Candidate | None = None
     least = np.inf
     if start is not None:
@@ -225,7 +231,8 @@ def repeats(
     if best is not None:
         assert best.owner is not None
         least = hypergraph.cost(best.owner)
-        yield replace(best, message=_NO_PARTITION, stats={"repeats": 0})
+        incumbents.add(least)
+        yield replace(best, message=_NO_PARTITION, stats={"repeats": 0, "trajectory": incumbents.points})
     variants = _variants(problem, hypergraph)
     for repeat in count() if options.time_limit is not None else range(1):
         rng = np.random.default_rng([options.seed, repeat])
@@ -239,10 +246,12 @@ def repeats(
             found = _repaired(problem, hypergraph, terminals.owner(parts))
             if found.owner is not None and (cost := hypergraph.cost(found.owner)) < least:
                 best, least = replace(found, stats={"claimed_km1": claimed}), cost
+                incumbents.add(cost)
             if best is None:  # infeasible, or no balance was found
                 yield found
             else:
-                best = replace(best, stats={**best.stats, "repeats": repeat + 1})
+                told = {"repeats": repeat + 1, "trajectory": incumbents.points}
+                best = replace(best, stats={**best.stats, **told})
                 yield best
         if found.termination is Termination.INFEASIBLE:
             return

@@ -5,7 +5,7 @@ Shared by the backends; each engine is its own file.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from repurpose_opt import metrics
 from repurpose_opt.problem import LayerProblem
 from repurpose_opt.solver import Candidate, Termination
+from repurpose_opt.trajectory import Point
 
 _NEAR = 0.02
 """Gap to the least load that `nearest_placement` moves, where loads are unequal: more is not worth the time."""
@@ -43,6 +44,8 @@ class Assignment:
     bound: float
     out_of_time: bool = False
     stats: Mapping[str, Any] = field(default_factory=dict)
+    trajectory: Sequence[Point] = ()
+    """(seconds since the search began, total cost) of the placements that were found, of unequal loads."""
 
 
 def assign(

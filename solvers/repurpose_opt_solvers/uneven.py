@@ -23,6 +23,7 @@ from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 from repurpose_opt.metrics import TOLERANCE
 from repurpose_opt.problem import LayerProblem
 from repurpose_opt.solver import Deadline
+from repurpose_opt.trajectory import Incumbents
 from repurpose_opt_solvers.transport import Assignment, Infeasible
 
 _HIGHS_INFEASIBLE = 2
@@ -56,6 +57,7 @@ def assign_uneven(
     seconds, so that the same problem has the same answer on any machine unless there is a `time_limit`.
     """
     deadline = Deadline(time_limit)
+    incumbents = Incumbents()
     instance = _Instance.of(problem, cost)
     shares = _relaxation(instance, deadline)
     multiplier = _multipliers(instance, shares)
@@ -65,6 +67,7 @@ def assign_uneven(
     if instance.is_valid(owner):
         owner = _improved(instance, owner, reduced, deadline)
         least = instance.total(owner)
+        incumbents.add(least)
     stats: dict[str, Any] = {"relaxation": bound, "rounded": least}
     for size in _sizes(most_places):
         is_close = np.isfinite(least) and least - bound <= relative_gap * abs(least)
@@ -80,6 +83,7 @@ def assign_uneven(
         stats |= {"places": int(places.sum()), "all_places": is_whole}
         if found is not None and instance.is_valid(found) and instance.total(found) < least:
             owner, least = found, instance.total(found)
+            incumbents.add(least)
         if is_whole:  # any placement that uses another place costs at least as much
             bound = max(bound, min(proved, least))
             break
@@ -87,7 +91,7 @@ def assign_uneven(
         raise Infeasible("no placement satisfies capacity, min_load and allowed", proved=True)
     if least == np.inf:
         raise Infeasible("no placement of unequal loads was found", proved=False, out_of_time=deadline.passed)
-    return Assignment(owner, bound, deadline.passed, stats)
+    return Assignment(owner, bound, deadline.passed, stats, incumbents.points)
 
 
 def _sizes(most_places: int) -> list[int]:
