@@ -20,7 +20,8 @@ from repurpose_opt.onward import Onward, onward_cost
 from repurpose_opt.solve import solve_problem
 from repurpose_opt.solver import SolveOptions, Termination
 from repurpose_opt.testing import formulation_checks, random_problem, registered
-from repurpose_opt_benchmarks.lossless_random import lossless_problem, sparse_layer
+from repurpose_opt_benchmarks.lossless_random import lossless_problem
+from repurpose_opt_benchmarks.patterns import sparse_layer
 from repurpose_opt_benchmarks.radix import main as run_radix
 from repurpose_opt_benchmarks.radix import structured
 from repurpose_opt_benchmarks.radix_net import radix_net

@@ -145,7 +145,16 @@ def test_its_own_tests_fail_once_it_is_wrong(plug_in: Installed, tmp_path: Path)
     assert "AssertionError" in result.stdout
 
 
-# Its row in `bench run` and `bench report` belongs here.
+def test_it_has_its_row_in_the_report(plug_in: Installed, tmp_path: Path):
+    pytest.importorskip("jinja2")
+    solver = plug_in.name if plug_in.kind == "partitioner" else f"compensated/{plug_in.name}"
+    run = ("run", "tiny", "--only", "volume-price-*", "--solvers", f"{solver},contiguous", "--seeds", "1", "--json")
+    said = json.loads(checked(plug_in.run("-m", "repurpose_opt.cli", "bench", *run, "--output", "of", cwd=tmp_path)))
+    (own,) = (entry for entry in said["solvers"] if entry["solver"] == solver)
+    assert (own["solves"], own["answered"], own["failures"], own["refused"]) == (3, 3, {}, 0)
+    checked(plug_in.run("-m", "repurpose_opt.cli", "bench", "report", "of", cwd=tmp_path))
+    assert f"| {solver} |" in (tmp_path / "of" / "report.md").read_text()
+    assert f">{solver}<" in (tmp_path / "of" / "report.html").read_text()
 
 
 # --- what is refused

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
-from scipy import sparse
 
 from repurpose_opt.bench.testset import Instance, Settings
 from repurpose_opt.formulation import Lossless
 from repurpose_opt.problem import LayerProblem
+from repurpose_opt_benchmarks.patterns import sparse_layer
 
 # Few consumers per worker and input: denser instances saturate, and every method is near the maximum there.
 _SIZES = (
@@ -57,16 +57,3 @@ def lossless_problem(n: int, workers: int, density: float, *, planted: bool, see
     rng = np.random.default_rng([seed, n, workers])
     weight = sparse_layer(n, workers, density, _NOISE if planted else None, rng)
     return LayerProblem.create(weight, workers, input_owner=np.arange(n) * workers // n, value_bytes=1)
-
-
-def sparse_layer(
-    n: int, workers: int, density: float, noise: float | None, rng: np.random.Generator
-) -> sparse.csr_array:
-    """An n × n layer of ones; a planted one (noise given) has a hidden worker for each neuron, as many on each."""
-    input_owner = np.arange(n) * workers // n
-    chance = np.full((n, n), density)
-    if noise is not None:
-        hidden = rng.permutation(input_owner)
-        at_home = hidden[:, None] == input_owner
-        chance = density * (noise + (1 - noise) * workers * at_home)
-    return sparse.csr_array((rng.random((n, n)) < chance).astype(np.float64))

@@ -32,7 +32,7 @@ from repurpose_opt.network_solve import solve_network
 from repurpose_opt.solve import solve_problem
 from repurpose_opt.solver import SolveOptions
 from repurpose_opt_benchmarks import ONE_THREAD, RESULTS, environment
-from repurpose_opt_benchmarks.lossless_random import sparse_layer
+from repurpose_opt_benchmarks.patterns import sparse_layer
 from repurpose_opt_benchmarks.radix_net import radix_layer, radix_net
 from repurpose_opt_benchmarks.report import bar, bar_line, machine_line, table
 
