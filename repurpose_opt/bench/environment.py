@@ -32,8 +32,10 @@ def capped_threads(threads: int) -> dict[str, str]:
 
 
 def distributions_of(module: str) -> list[str]:
-    """The distributions that a module or its top package comes from."""
-    return sorted(set(packages_distributions().get(module.partition(".")[0], ())))
+    """The distributions that a module or its top package comes from; where they do not say, the one of its name."""
+    package = module.partition(".")[0]
+    found = sorted(set(packages_distributions().get(package, ())))
+    return found or ([package] if package_version(package) is not None else [])
 
 
 def package_version(distribution: str) -> str | None:
