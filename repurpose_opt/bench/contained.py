@@ -13,6 +13,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -20,7 +21,7 @@ from repurpose_opt.bench.row import Failure
 
 _POLL = 0.02
 """Seconds between two looks at the memory: what can be allocated and touched meanwhile is tens of MB."""
-_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
+_DIE_WITH_PARENT, _ADOPT_ORPHANS = 1, 36  # PR_SET_PDEATHSIG and PR_SET_CHILD_SUBREAPER of prctl(2)
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -86,7 +87,9 @@ def _answer(writer: int, complaints: IO[bytes], function: Callable[..., Any], ar
     status = 1
     try:
         os.setpgid(0, 0)
-        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+        control = ctypes.CDLL(None).prctl
+        control(_DIE_WITH_PARENT, signal.SIGKILL)
+        control(_ADOPT_ORPHANS, 1)  # so that they count as its family
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         os.dup2(complaints.fileno(), 1)
         os.dup2(complaints.fileno(), 2)
@@ -159,12 +162,12 @@ def _told(
 
 
 def _end(child: int) -> None:
-    """End the process, not yet waited for, and all of its group, which outlive it otherwise."""
-    for end in (os.killpg, os.kill):
-        try:
-            end(child, signal.SIGKILL)
-        except ProcessLookupError:  # it had no time to make its group
-            continue
+    """End the process, not yet waited for, its descendants, and all of its group, which outlive it otherwise."""
+    for process in reversed([*_family(child)]):
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+    with suppress(ProcessLookupError):  # it had no time to make its group
+        os.killpg(child, signal.SIGKILL)
 
 
 def _family(child: int) -> Iterator[int]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from repurpose_opt.cli.text import FAILED, PROGRAM, add_verb, aligned, positive, price, seconds
 from repurpose_opt.errors import InvalidArgument
+from repurpose_opt.registry import check_importable
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -186,6 +187,7 @@ def _executor(args: argparse.Namespace) -> Iterator[tuple[Executor, int]]:
 @contextmanager
 def _progress(left: int) -> Iterator[Progress]:
     """A bar with the time left, on a terminal."""
+    check_importable("the progress bar", "rich")
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 

@@ -57,12 +57,13 @@ class Raises(Bad):
 
 
 class Hangs(Bad):
-    """In a process of its own as well, which must not outlive it."""
+    """In a process of another session as well, which must not outlive it."""
 
     name = "hangs"
 
     def solve(self, problem: LayerProblem, formulation: Any, options: Any, start: Any, prune: Any) -> Candidate:
-        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
+        child = subprocess.Popen(sleep, start_new_session=True)
         with open(os.environ["BAD_BACKENDS_PROCESS"], "w") as file:
             file.write(str(child.pid))
         time.sleep(600)
