@@ -47,7 +47,7 @@ def row(**changes: Any) -> Row:
         "peak_bytes": 10**6,
         "overhead": 0.01,
         "trajectory": (),
-        "answer": "",
+        "has_answer": False,
     }
     failure = changes.get("failure")
     termination = changes.get("termination")

@@ -134,7 +134,7 @@ def test_figures_of_a_row_are_those_of_its_answer(tmp_path: Path) -> None:
     assert main([*run, "--output", str(tmp_path)]) == 0
     (row,) = read_rows(tmp_path)
     problem = next(found.problem for found in test_set("lossless-random") if found.name == INSTANCE)
-    with np.load(tmp_path / "answers" / row.answer) as archive:
+    with np.load(tmp_path / "answers" / row.task.file) as archive:
         owner = archive["owner"]
     needed = {
         (column, owner[neuron])

@@ -33,7 +33,7 @@ class Checked:
 
 def check(folder: Path, rows: Sequence[Row], relative_gap: float) -> Iterator[Checked]:
     """Every row that has an answer, instance by instance; each is built once. Raises what building it raises."""
-    answered = sorted((row for row in rows if row.answer), key=_instance_of)
+    answered = sorted((row for row in rows if row.has_answer), key=_instance_of)
     for (testset, name), of_instance in groupby(answered, key=_instance_of):
         built = next((instance.build() for instance in test_set(testset) if instance.name == name), None)
         for row in of_instance:
@@ -51,9 +51,9 @@ def _differences(
         yield "fingerprint", row.fingerprint, found
         return
     try:
-        answer = Answer.of_bytes((folder / ANSWERS / row.answer).read_bytes(), problem)
+        answer = Answer.of_bytes((folder / ANSWERS / row.task.file).read_bytes(), problem)
     except (OSError, ValueError) as error:
-        yield "answer", row.answer, " ".join(str(error).split())
+        yield "answer", row.task.file, " ".join(str(error).split())
         return
     verdict = judge(problem, formulation, answer, relative_gap)
     for name in _FIGURES:

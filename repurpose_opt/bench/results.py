@@ -22,7 +22,7 @@ from repurpose_opt.registry import check_importable
 ROWS, RUN, ANSWERS, _LOCK = "rows.csv", "run.json", "answers", ".lock"
 COLUMNS = tuple(field.name for field in fields(Row))
 _SEPARATOR = " | "
-_DIGITS = 7
+_DIGITS = 6
 """Of the numbers of a trajectory, which are for curves."""
 
 

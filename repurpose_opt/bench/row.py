@@ -49,6 +49,19 @@ class Task:
     def pruner(self) -> str:
         return self.solver.partition("/")[2] or "auto"
 
+    @property
+    def file(self) -> str:
+        """Name of the file with its answer, of characters that every file system takes."""
+        parts = (
+            self.testset,
+            self.instance,
+            self.solver,
+            f"seed{self.seed}",
+            f"{self.time_limit:g}s",
+            f"{self.threads}t",
+        )
+        return "".join(c if c.isalnum() or c in "-_.+@" else "~" for c in "--".join(parts)) + ".npz"
+
 
 @dataclass(frozen=True)
 class Row:
@@ -100,8 +113,8 @@ class Row:
     """Seconds that the runner took beside the solve."""
     trajectory: tuple[tuple[float, float], ...]
     """(seconds, objective) of incumbents as the backend tells them: claims. The last is the answer, recomputed."""
-    answer: str
-    """File of owners and exchange, beside the results; empty where there is none."""
+    has_answer: bool
+    """Whether owners and exchange are kept beside the results, in `Task.file`; also of an answer that does not hold."""
 
     @property
     def task(self) -> Task:

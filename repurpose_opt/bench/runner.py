@@ -45,7 +45,7 @@ def run(
     try:
         for row, answer in _as_completed(left, executor, 2 * jobs, limits):
             if answer is not None:
-                (folder / ANSWERS / row.answer).write_bytes(answer)
+                (folder / ANSWERS / row.task.file).write_bytes(answer)
             file.append(row)
             rows.append(row)
             pace.add(row)

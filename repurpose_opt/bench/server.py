@@ -29,6 +29,8 @@ from repurpose_opt.solver import Termination
 LENGTH = struct.Struct("<Q")
 BUILD_SECONDS, JUDGE_SECONDS, LOAD_SECONDS = 600.0, 300.0, 60.0
 """Most that building an instance, judging an answer and a first tiny solve may take."""
+_DECIMALS = 6
+"""Of seconds."""
 _ROOM = 16 * 2**30
 """Bytes for building and judging; the limit of a task is for its solve."""
 
@@ -81,7 +83,7 @@ class _Server:
         prepared = time.perf_counter() - began
         if built.problem is None or built.formulation is None:
             verdict = Verdict(Termination.ERROR, Failure.INSTANCE, built.failure)
-            return Reply(assembled(request, built, verdict, None, None, ""), None, prepared)
+            return Reply(assembled(request, built, verdict, None, None), None, prepared)
         solved = self._call(
             solve_task, built.problem, built.formulation, task, request.relative_gap,
             seconds=task.time_limit + request.grace, memory_limit=request.memory_limit,
@@ -89,12 +91,10 @@ class _Server:
         if solved.failure is not None:
             termination = Termination.TIME_LIMIT if solved.failure is Failure.TIMEOUT else Termination.ERROR
             verdict = Verdict(str(termination), solved.failure, solved.message)
-            return Reply(assembled(request, built, verdict, solved, None, ""), None, prepared)
+            return Reply(assembled(request, built, verdict, solved, None), None, prepared)
         verdict, answer = self._judged(built.problem, built.formulation, solved.value, request.relative_gap)
-        has_file = answer is not None and answer.owner is not None
-        name = answer_name(task) if has_file else ""
-        row = assembled(request, built, verdict, solved, answer, name)
-        return Reply(row, solved.value if has_file else None, prepared)
+        row = assembled(request, built, verdict, solved, answer)
+        return Reply(row, solved.value if row.has_answer else None, prepared)
 
     def _judged(
         self, problem: LayerProblem, formulation: Formulation, data: bytes, relative_gap: float
@@ -150,17 +150,10 @@ def _build(testset: str, name: str) -> tuple[LayerProblem, Formulation, str, str
     return problem, formulation, fingerprint(problem, formulation), instance.kind, instance.judge_once
 
 
-def answer_name(task: Task) -> str:
-    """Name of the file with the answer, of characters that every file system takes."""
-    parts = (task.testset, task.instance, task.solver, f"seed{task.seed}", f"{task.time_limit:g}s", f"{task.threads}t")
-    return "".join(c if c.isalnum() or c in "-_.+@" else "~" for c in "--".join(parts)) + ".npz"
-
-
-def assembled(
-    request: Request, built: Built, verdict: Verdict, solved: Outcome | None, answer: Answer | None, name: str
-) -> Row:
-    """The row of what was asked, built, solved and judged; `name` is the answer's file."""
+def assembled(request: Request, built: Built, verdict: Verdict, solved: Outcome | None, answer: Answer | None) -> Row:
+    """The row of what was asked, built, solved and judged."""
     task, problem, claims = request.task, built.problem, None if answer is None else answer.claims
+    timed = solved if claims is None else claims
     return Row(
         testset=task.testset,
         instance=task.instance,
@@ -189,12 +182,12 @@ def assembled(
         volume=verdict.volume,
         direct_volume=None if problem is None else problem.direct_volume,
         busiest=verdict.busiest,
-        seconds=claims.seconds if claims is not None else None if solved is None else solved.seconds,
-        cpu_seconds=claims.cpu_seconds if claims is not None else None if solved is None else solved.cpu_seconds,
+        seconds=None if timed is None else round(timed.seconds, _DECIMALS),
+        cpu_seconds=None if timed is None else round(timed.cpu_seconds, _DECIMALS),
         peak_bytes=None if solved is None else solved.peak_bytes,
         overhead=None,
         trajectory=() if claims is None or verdict.objective is None else claims.trajectory,
-        answer=name,
+        has_answer=answer is not None and answer.owner is not None,
     )
 
 

@@ -58,7 +58,7 @@ class Slot:
         finally:
             watchdog.cancel()
         overhead = time.perf_counter() - began - reply.build_seconds - (reply.row.seconds or 0.0)
-        return replace(reply.row, overhead=overhead), reply.answer
+        return replace(reply.row, overhead=round(overhead, 6)), reply.answer
 
     def close(self) -> None:
         if self.server is not None:
@@ -88,7 +88,7 @@ class Slot:
         said = self.complaints.read().decode(errors="replace").strip().split("\n")[-1]
         message = f"the process that forks solves ended with code {code}: {said}"
         nothing = Built((request.task.testset, request.task.instance))
-        return assembled(request, nothing, Verdict(Termination.ERROR, Failure.CRASH, message), None, None, "")
+        return assembled(request, nothing, Verdict(Termination.ERROR, Failure.CRASH, message), None, None)
 
 
 def row_of(request: Request) -> tuple[Row, bytes | None]:

@@ -24,7 +24,7 @@ class BestAnswers:
         self._folder = folder
         self._best: dict[tuple[str, str], Row] = {}
         for row in rows:
-            if row.objective is not None and row.answer:
+            if row.objective is not None and row.has_answer:
                 before = self._best.get((row.testset, row.instance))
                 if before is None or before.objective is None or row.objective < before.objective:
                     self._best[row.testset, row.instance] = row
@@ -38,7 +38,7 @@ class BestAnswers:
             built = next((found.build() for found in test_set(testset) if found.name == instance), None)
             if built is None or fingerprint(*built) != row.fingerprint:
                 return None
-            answer = Answer.of_bytes((self._folder / ANSWERS / row.answer).read_bytes(), built[0])
+            answer = Answer.of_bytes((self._folder / ANSWERS / row.task.file).read_bytes(), built[0])
         except (RepurposeError, OSError):
             return None
         return None if answer.owner is None else (built[0], answer.owner)

@@ -251,7 +251,7 @@ def _check(args: argparse.Namespace) -> int:
     folder = results.check_folder(args.folder)
     rows = results.read_rows(folder)
     relative_gap = results.read_run(folder)["limits"]["relative_gap"]
-    answered = sum(bool(row.answer) for row in rows)
+    answered = sum(row.has_answer for row in rows)
     with _progress(answered) as progress:
         wrong = []
         for number, checked in enumerate(check(folder, rows, relative_gap), 1):
