@@ -43,7 +43,10 @@ def document(
 def _overview(grouped: Grouped) -> tuple[Block, ...]:
     if not grouped.summaries:
         return (Paragraph("There are no rows."),)
-    note = Paragraph("Solvers differ in what they support: compare those of one formulation, in its section.")
+    note = Paragraph(
+        "By the gap to the best known, where a solve that is not supported counts as 100 %. Solvers differ in what "
+        "they support: compare those of one formulation, in its section."
+    )
     return (
         note,
         solvers.summary_table("Every solver over all instances that it supports", grouped.summaries),

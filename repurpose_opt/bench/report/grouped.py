@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -52,13 +53,14 @@ class Grouped:
 def leader(summaries: Sequence[Summary]) -> Summary | None:
     """The solver that others are compared with: least gap to best over all solves, those it leaves out counted as 1."""
     answering = [summary for summary in summaries if summary.answered and summary.gap_to_best is not None]
-    return min(answering, key=_rank, default=None)
+    return min(answering, key=rank, default=None)
 
 
-def _rank(summary: Summary) -> tuple[float, float]:
-    assert summary.gap_to_best is not None
-    gap = (summary.solves * summary.gap_to_best + summary.unsupported) / (summary.solves + summary.unsupported)
-    return gap, float("inf") if summary.seconds is None else summary.seconds
+def rank(summary: Summary) -> tuple[float, float]:
+    """Gap to best over all solves, those that are not supported counted as 1, then seconds."""
+    gap = 1.0 if summary.gap_to_best is None else summary.gap_to_best
+    over_all = (summary.solves * gap + summary.unsupported) / max(1, summary.solves + summary.unsupported)
+    return over_all, math.inf if summary.seconds is None else summary.seconds
 
 
 def slug(words: str) -> str:

@@ -16,8 +16,9 @@ from repurpose_opt.bench.report.text import (
     bytes_cell,
     counted,
     listed,
-    number,
+    objective_cell,
     percent,
+    quantity,
     share,
     significant,
     spread,
@@ -59,8 +60,8 @@ def _line(key: InstanceKey, grouped: Grouped) -> tuple[Cell, ...]:
         word(row.formulation),
         word(row.kind),
         *(whole(value) for value in (row.m, row.n, row.P, row.nonzeros)),
-        number(known.objective if known else None, 6),
-        number(known.bound if known else None, 6),
+        objective_cell(known.objective if known else None),
+        objective_cell(known.bound if known else None),
         share(_gap(known)),
         word(listed(_best_solvers(grouped.instances[key], known), 2)),
     )
@@ -133,8 +134,8 @@ def _facts(key: InstanceKey, grouped: Grouped) -> Facts:
         ("Size", size),
         ("Nonzeros", whole(row.nonzeros).text if row.nonzeros is not None else ""),
         ("Direct volume", f"{row.direct_volume:,} bytes a sample" if row.direct_volume is not None else ""),
-        ("Best known", number(known.objective, 6).text if known and known.objective is not None else ""),
-        ("Best bound", number(known.bound, 6).text if known and known.bound is not None else ""),
+        ("Best known", objective_cell(known.objective).text if known and known.objective is not None else ""),
+        ("Best bound", objective_cell(known.bound).text if known and known.bound is not None else ""),
         ("Gap", proved or (percent(gap) if gap is not None else "")),
         ("Judged", "once, at the end; nothing is tuned on it" if row.judge_once else ""),
         ("Not supported by", ", ".join(unsupported)),
@@ -173,7 +174,7 @@ def _by_objective(line: tuple[Cell, ...]) -> tuple[float, float]:
 
 
 def _solver(solver: str, rows: Sequence[Row], known: Known | None) -> tuple[Cell, ...]:
-    objective = spread((row.objective for row in rows), lambda value: significant(value, 5))
+    objective = spread((row.objective for row in rows), lambda value: quantity(value, 5))
     beyond = None
     if objective.value is not None and known is not None and known.objective is not None:
         beyond = max(0.0, objective.value - known.objective) / max(abs(objective.value), ZERO)

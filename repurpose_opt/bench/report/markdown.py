@@ -20,6 +20,9 @@ from repurpose_opt.bench.report.document import (
     Table,
 )
 
+_MOST_COLUMNS = 17
+"""Of a table that can be read on a page of a repository."""
+
 
 def text(document: Document, folder: Path) -> tuple[str, list[Path]]:
     """The report, and the pictures that were written to the folder for it."""
@@ -33,9 +36,10 @@ def text(document: Document, folder: Path) -> tuple[str, list[Path]]:
                 written.append(folder / _file(block))
                 plots.draw(block, written[-1])
     lines = [f"# {escape(document.title)}", "", escape(document.lead), ""]
-    lines += _block(document.answer)
+    said: set[str] = set()
+    lines += _block(document.answer, said)
     lines += ["The same with each instance, sortable: `report.html` beside this file.", ""]
-    lines += [line for section in sections for line in _section(section, 2)]
+    lines += [line for section in sections for line in _section(section, 2, said)]
     return "\n".join(lines).rstrip() + "\n", written
 
 
@@ -45,13 +49,14 @@ def escape(words: str) -> str:
     return marked.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-def _section(section: Section, level: int) -> Iterator[str]:
+def _section(section: Section, level: int, said: set[str]) -> Iterator[str]:
     yield from (f"{'#' * level} {escape(section.title)}", "")
     for block in section.blocks:
-        yield from _block(block)
+        yield from _block(block, said)
 
 
-def _block(block: Block) -> Iterator[str]:
+def _block(block: Block, said: set[str]) -> Iterator[str]:
+    """`said` has the notes that stand under a table already."""
     match block:
         case Paragraph():
             yield from (escape(block.text), "")
@@ -62,7 +67,7 @@ def _block(block: Block) -> Iterator[str]:
         case Command():
             yield from (*(f"    {line}" for line in block.text.splitlines()), "")
         case Table():
-            yield from _table(block)
+            yield from _table(block, said)
         case Charts():
             words = " ".join(chart.alternative for chart in block.charts)
             yield from (f"![{escape(words)}]({_file(block)})", "", escape(block.caption), "")
@@ -70,13 +75,18 @@ def _block(block: Block) -> Iterator[str]:
             return
 
 
-def _table(table: Table) -> Iterator[str]:
+def _table(table: Table, said: set[str]) -> Iterator[str]:
+    if len(table.columns) > _MOST_COLUMNS:
+        yield from (f"{escape(table.caption)}: {len(table.columns)} columns, in `report.html`.", "")
+        return
     yield from (f"**{escape(table.caption)}**", "")
     yield _line(column.title for column in table.columns)
     yield "|" + "|".join("--:" if column.is_number else ":--" for column in table.columns) + "|"
     yield from (_line(cell.text for cell in row) for row in table.rows)
     yield ""
     notes = [f"{escape(column.title)}: {escape(column.note)}." for column in table.columns if column.note]
+    notes = [note for note in notes if note not in said]
+    said.update(notes)
     if notes:
         yield from ("<sub>" + " ".join(notes) + "</sub>", "")
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from repurpose_opt.bench import statistics
 from repurpose_opt.bench.report.document import EMPTY, Cell, Column, Paragraph, Table
-from repurpose_opt.bench.report.grouped import Grouped, leader
+from repurpose_opt.bench.report.grouped import Grouped, leader, rank
 from repurpose_opt.bench.report.text import bytes_cell, counted, number, share, significant, whole, word
 from repurpose_opt.bench.row import Row
 from repurpose_opt.bench.statistics import Paired, Recommended, Summary
@@ -83,7 +83,7 @@ def summary_table(caption: str, summaries: Sequence[Summary]) -> Table:
         Column("Peak memory", note="most of any solve, beyond what the runner had"),
         Column("Cores", note="most CPU time over wall time of any solve"),
     )
-    return Table(caption, columns, tuple(_summary(summary) for summary in sorted(summaries, key=_best_first)))
+    return Table(caption, columns, tuple(_summary(summary) for summary in sorted(summaries, key=rank)))
 
 
 def _summary(summary: Summary) -> tuple[Cell, ...]:
@@ -104,13 +104,8 @@ def _summary(summary: Summary) -> tuple[Cell, ...]:
         whole(summary.imputed),
         whole(summary.overruns),
         bytes_cell(summary.peak_bytes),
-        number(summary.most_cores, 2),
+        Cell() if summary.most_cores is None else Cell(f"{summary.most_cores:.2f}", summary.most_cores),
     )
-
-
-def _best_first(summary: Summary) -> tuple[float, float]:
-    gap, seconds = summary.gap_to_best, summary.seconds
-    return math.inf if gap is None else gap, math.inf if seconds is None else seconds
 
 
 def _proved_share(summary: Summary) -> float | None:

@@ -21,6 +21,11 @@ def significant(value: float, digits: int = 3) -> str:
     return f"{value:,.{max(0, digits - 1 - magnitude)}f}"
 
 
+def quantity(value: float, digits: int) -> str:
+    """The same, but whole numbers as they are: bytes and their likes."""
+    return f"{value:,.0f}" if value.is_integer() and abs(value) < 1e7 else significant(value, digits)
+
+
 def percent(share: float) -> str:
     """0 and 100 % are said of nothing but themselves."""
     if share in (0, 1):
@@ -55,6 +60,10 @@ def word(text: str, link: str = "") -> Cell:
 
 def number(value: float | None, digits: int = 3) -> Cell:
     return Cell() if value is None else Cell(significant(value, digits), value)
+
+
+def objective_cell(value: float | None) -> Cell:
+    return Cell() if value is None else Cell(quantity(value, 6), value)
 
 
 def whole(value: int | None) -> Cell:
