@@ -251,6 +251,8 @@ def _check(args: argparse.Namespace) -> int:
     folder = results.check_folder(args.folder)
     rows = results.read_rows(folder)
     relative_gap = results.read_run(folder)["limits"]["relative_gap"]
+    if not (folder / results.ANSWERS).is_dir():
+        raise InvalidArgument("DIR", f"{folder}, without its {results.ANSWERS}/", "a run with the answers to recompute")
     answered = sum(row.has_answer for row in rows)
     with _progress(answered) as progress:
         wrong = []
