@@ -22,6 +22,9 @@ from repurpose_opt.errors import RepurposeError
 _LENGTH = struct.Struct("<Q")
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 5e-4, 0.02
 """Seconds between two looks at a fork, longer and longer."""
+_END = _LENGTH.pack(0)
+_LAST_SECONDS = 3.0
+"""Most that is read after a child was ended: processes that it started may keep its pipe open."""
 
 
 class DeadlinePassed(RepurposeError):
@@ -71,11 +74,13 @@ def _answer_of_child(function: Callable[..., Any], arguments: tuple[Any, ...], t
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
-            return _collected(reader, answers), False
+            return _collected(reader, answers, _LAST_SECONDS), False
         except BaseException:
             child.kill()
+            child.wait()
             raise
-        answer = _collected(reader, answers)
+        # One that came to its end has said so, and the reader with it.
+        answer = _collected(reader, answers, None if code == 0 else _LAST_SECONDS)
         if code != 0:
             complaints.seek(0)
             said = complaints.read().decode(errors="replace").strip().split("\n")[-1]
@@ -154,8 +159,11 @@ def _fresh(function: Callable[..., Any], arguments: tuple[Any, ...], complaints:
     return child, child.stdout
 
 
-def _collected(reader: threading.Thread, answers: list[Any]) -> Any:
-    reader.join()
+def _collected(reader: threading.Thread, answers: list[Any], most_seconds: float | None) -> Any:
+    reader.join(most_seconds)
+    # The thread is still listed for a moment after it ended, and the next call would not fork.
+    while not reader.is_alive() and os.path.exists(f"/proc/self/task/{reader.native_id}"):
+        time.sleep(0)
     return answers[-1] if answers else None
 
 
@@ -163,6 +171,8 @@ def _read_answers(pipe: IO[bytes], answers: list[Any]) -> None:
     """Keeps the last complete answer of the child; what is cut off is left out."""
     with pipe:
         while len(head := pipe.read(_LENGTH.size)) == _LENGTH.size:
+            if head == _END:
+                return
             (size,) = _LENGTH.unpack(head)
             body = pipe.read(size)
             if len(body) == size:
@@ -185,3 +195,4 @@ def _write_answers(function: Callable[..., Any], arguments: tuple[Any, ...], wri
             body = pickle.dumps(found)
             pipe.write(_LENGTH.pack(len(body)) + body)
             pipe.flush()
+        pipe.write(_END)

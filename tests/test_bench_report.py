@@ -226,7 +226,8 @@ def test_pictures_are_limited_and_it_says_so(tmp_path: Path, rows: list[Row]) ->
         asked.append(instance)
         return problem_and_owner(testset, instance)
 
-    html, _ = pages(tmp_path, rows, problem_and_owner=counted, most_pictures=4)
+    some = [r for r in rows if r.solver == "solver-0/auto"]
+    html, _ = pages(tmp_path, some, problem_and_owner=counted, most_pictures=4)
     assert html.count('class="matrix"') == 8
     assert asked == ["instance-18", *(f"instance-{i}" for i in range(5))]
     assert "only the first 4 instances" in html
@@ -359,7 +360,7 @@ def test_every_picture_has_words(page: Any) -> None:
 
 
 def column(table: Any, index: int) -> list[str]:
-    return table.locator(f"tbody tr > :nth-child({index + 1})").all_inner_texts()
+    return table.locator(f"tbody tr > :nth-child({index + 1})").all_text_contents()
 
 
 def sort_key(text: str) -> float:
@@ -380,7 +381,7 @@ def test_headers_sort(page: Any) -> None:
             shown = [text for text in column(table, index) if text != "–"]
             empty = table.locator("tbody tr").count() - len(shown)
             for direction in ("ascending", "descending"):
-                headers.nth(index).locator("button").click()
+                headers.nth(index).locator("button").evaluate("one => one.click()")  # fifty by the mouse would be slow
                 expected = sorted((sort_key(text) for text in shown), reverse=direction == "descending")
                 after = column(table, index)
                 assert [sort_key(text) for text in after[: len(shown)]] == expected

@@ -86,17 +86,26 @@ def backend_cases(kind: str, names: list[str]) -> list[Any]:
     ]
 
 
+MOMENTS = ("diagonal", "received", "output_weight", "correlated", "correlated_blocks", "uncorrelated_blocks")
+"""Problems that differ by what LOSSLESS does not count."""
+DEAR_LOADS = ("load", "load_of_3", "link_price")
+"""Larger problems that take an integer program seconds."""
+
+
 def is_slow(backend: str, check: str) -> bool:
     """Integer programs of dense layers that are pruned take seconds each; of CVXPY's there is one that is checked.
 
-    So do the larger lossless layers on HiGHS and SCIP alone; `mip`, which runs SCIP, and `mip:cp-sat` take them too.
+    So do the larger lossless layers on HiGHS and SCIP alone; `mip`, which runs SCIP, takes most of them too and
+    `mip:cp-sat` all. Mt-KaHyPar, which serves LOSSLESS only, starts a process for each solve.
     """
     is_costly = backend == "nuclear-norm" or backend.startswith("group-lasso:")
-    is_large = check.startswith(("valid-", "same_seed")) and check.endswith("-lossless")
+    is_large = check.startswith(("valid-", "same_seed")) and check.endswith(("-lossless", "-lossless-busiest"))
     return (
         is_costly
         or (backend.startswith("mip") and "-volume-" in check)
         or (backend in ("mip:highs", "mip:scip") and is_large)
+        or (backend in ("mip", "mip-lns") and check in {f"valid-{case}-lossless" for case in DEAR_LOADS})
+        or (backend == "mt-kahypar" and check.split("-")[0] in ("oracle", "sparse") and check.split("-")[1] in MOMENTS)
     )
 
 

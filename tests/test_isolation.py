@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -122,6 +123,22 @@ def test_no_answer_before_the_deadline_is_said() -> None:
 def test_a_child_that_dies_between_answers_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="code 3"):
         last(counts_then_dies, 2, time_limit=60.0)
+
+
+def leaves_a_process(seconds: float) -> int:
+    child = os.fork()
+    if child == 0:
+        time.sleep(seconds)
+        os._exit(0)
+    return child
+
+
+@pytest.mark.usefixtures("importable")
+def test_a_process_that_keeps_the_pipe_does_not_hold_up_the_answer() -> None:
+    began = time.monotonic()
+    child = call(leaves_a_process, 60.0, time_limit=LONG)
+    assert time.monotonic() - began < 30
+    os.kill(child, signal.SIGKILL)
 
 
 @pytest.mark.parametrize(("threads", "parent"), [(0, "this"), (1, "other")])

@@ -55,7 +55,12 @@ def digits() -> Digits:
 def setting(name: str) -> Setting:
     (quick,) = QUICK[name]
     return replace(
-        quick, widths=WIDTHS[name], training=FineTuning(150, 64, 1e-2), choices=TUNINGS, placing_seconds=None
+        quick,
+        widths=WIDTHS[name],
+        training=FineTuning(150, 64, 1e-2),
+        choices=TUNINGS,
+        solvers=SOLVERS,
+        placing_seconds=None,
     )
 
 

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -111,12 +112,16 @@ def test_a_later_stage_makes_some_better():
 @each_formulation
 @pytest.mark.parametrize("partitioner", ["random", "contiguous", "alternate", "metis"])
 def test_a_start_is_never_made_worse(formulation: Formulation, partitioner: str):
-    problem = random_layer(seed=3, m=12, n=8, P=3).problem
-    good = solve_problem(problem, formulation, partitioner="flow+alternate").require()
-    assert good.owner is not None
+    problem, good = good_answer(formulation)
     answer = solve_problem(problem, formulation, partitioner=partitioner, start=good.owner)
     assert answer.objective <= good.objective
     assert answer.stats["stages"][0]["stage"] == "start"
+
+
+@cache
+def good_answer(formulation: Formulation) -> tuple[LayerProblem, LayerSolution]:
+    problem = random_layer(seed=3, m=12, n=8, P=3).problem
+    return problem, solve_problem(problem, formulation, partitioner="flow+alternate").require()
 
 
 def test_a_start_may_be_a_list_and_is_not_changed(problem: LayerProblem):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -31,13 +31,16 @@ class Checked:
     differences: tuple[tuple[str, Any, Any], ...]
 
 
-def check(folder: Path, rows: Sequence[Row], relative_gap: float) -> Iterator[Checked]:
-    """Every row that has an answer, instance by instance; each is built once. Raises what building it raises."""
+def check(folder: Path, rows: Sequence[Row], relative_gap: Mapping[str, float]) -> Iterator[Checked]:
+    """Every row that has an answer, instance by instance; each is built once. Raises what building it raises.
+
+    `relative_gap` is what counted as a proof, by test set.
+    """
     answered = sorted((row for row in rows if row.has_answer), key=_instance_of)
     for (testset, name), of_instance in groupby(answered, key=_instance_of):
         built = next((instance.build() for instance in test_set(testset) if instance.name == name), None)
         for row in of_instance:
-            yield Checked(row, tuple(_differences(folder, row, built, relative_gap)))
+            yield Checked(row, tuple(_differences(folder, row, built, relative_gap[testset])))
 
 
 def _differences(

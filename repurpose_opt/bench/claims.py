@@ -13,6 +13,8 @@ SAME = 1e-6
 """Relative difference of objectives, or of an objective and a bound, that counts as none."""
 ZERO = 1e-12
 """Objectives up to this are 0, and relative differences are of at least this, as in `Row.gap`."""
+AS_GOOD = 0.01
+"""Gap to the least known objective, relative to the larger, up to which an answer is about as good."""
 
 
 @dataclass(frozen=True)

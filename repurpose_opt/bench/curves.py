@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from repurpose_opt.bench.claims import SAME, ZERO, known
+from repurpose_opt.bench.claims import AS_GOOD, SAME, ZERO, known
 from repurpose_opt.bench.row import Row
 from repurpose_opt.errors import InvalidArgument
 from repurpose_opt.solver import Termination
@@ -28,12 +28,14 @@ class Profile:
     measure: str
     """`seconds` or `objective`."""
     ratios: Mapping[str, tuple[float, ...]]
-    """By solver, ascending: measure / best of the instance, of the solves that have an answer.
+    """By solver, ascending: measure / best of the instance, of the solves that have an answer; in a profile of
+    seconds, one within AS_GOOD of the least known objective: bad answers are fast.
 
     1 where both are 0, inf where only the best is.
     """
     failed: Mapping[str, Mapping[str, int]]
-    """By solver, how many solves have no ratio and why: a Failure, `unsupported`, `infeasible`, `missing` (no row)."""
+    """By solver, how many solves have no ratio and why: a Failure, `unsupported`, `infeasible`, `worse` (than AS_GOOD
+    beyond the least known, in a profile of seconds), `missing` (no row)."""
     solves: int
     """Of each solver."""
 
@@ -43,19 +45,20 @@ def profile(rows: Sequence[Row], measure: str) -> Profile:
     if measure not in ("seconds", "objective"):
         raise InvalidArgument("measure", repr(measure), "seconds or objective")
     best: dict[tuple[str, str], float] = {}
+    least = _least(rows)
     for row in rows:
-        figure = _figure(row, measure)
+        figure = _figure(row, measure, least)
         if figure is not None:
             key = (row.testset, row.instance)
             best[key] = min(best.get(key, np.inf), figure)
     ratios: dict[str, list[float]] = {}
     failed: dict[str, Counter[str]] = {}
     for row in rows:
-        figure = _figure(row, measure)
+        figure = _figure(row, measure, least)
         of_solver = ratios.setdefault(row.solver, [])
         missing = failed.setdefault(row.solver, Counter())
         if figure is None:
-            missing[str(row.failure or row.termination)] += 1
+            missing["worse" if row.objective is not None else str(row.failure or row.termination)] += 1
         else:
             of_solver.append(_ratio(figure, best[row.testset, row.instance]))
     solves = len({(row.testset, row.instance, row.seed, row.time_limit, row.threads) for row in rows})
@@ -66,11 +69,12 @@ def profile(rows: Sequence[Row], measure: str) -> Profile:
     return Profile(measure, {solver: tuple(sorted(found)) for solver, found in ratios.items()}, failed, solves)
 
 
-def _figure(row: Row, measure: str) -> float | None:
-    """What a profile measures of a row; None without an answer."""
-    if row.objective is None:
-        return None
-    return row.objective if measure == "objective" else row.seconds
+def _figure(row: Row, measure: str, least: Mapping[tuple[str, str], float]) -> float | None:
+    """What a profile measures of a row; None without an answer, or one that is good enough for its seconds to count."""
+    if row.objective is None or measure == "objective":
+        return row.objective
+    gap = (row.objective - least[row.testset, row.instance]) / max(abs(row.objective), ZERO)
+    return row.seconds if gap <= AS_GOOD else None
 
 
 def _ratio(figure: float, best: float) -> float:

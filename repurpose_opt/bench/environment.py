@@ -19,11 +19,22 @@ def environment(*packages: str) -> dict[str, object]:
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--", *_SOURCES)),
         "cores": os.cpu_count(),
+        "processor": _processor(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "machine": platform.machine(),
         "system": platform.system(),
         "python": platform.python_version(),
         **{package: package_version(package) for package in ("repurpose-opt", "numpy", "scipy", *packages)},
     }
+
+
+def _processor() -> str | None:
+    """The model, as Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
 
 
 def capped_threads(threads: int) -> dict[str, str]:

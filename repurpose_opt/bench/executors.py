@@ -52,6 +52,11 @@ def named(address: str) -> Iterator[tuple[Executor, int]]:
         make = getattr(import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise InvalidArgument("--executor", f"{address!r} ({error})", _ALLOWED) from None
-    executor: Executor = make()
+    try:
+        executor = make()
+    except TypeError as error:
+        raise InvalidArgument("--executor", f"{address!r} ({error})", _ALLOWED) from None
+    if not isinstance(executor, Executor):
+        raise InvalidArgument("--executor", f"{address!r}, which gives a {type(executor).__name__}", _ALLOWED)
     with executor:
         yield executor, getattr(executor, "_max_workers", 1)

@@ -12,6 +12,7 @@ from scipy.special import ndtr, ndtri
 
 from repurpose_opt.bench.claims import SAME, ZERO
 from repurpose_opt.bench.row import Row
+from repurpose_opt.solver import Termination
 
 RESAMPLES = 4000
 
@@ -53,20 +54,33 @@ def paired(rows: Sequence[Row], first: str, second: str, seed: int = 0) -> Paire
 def win_tie_loss(rows: Sequence[Row]) -> dict[tuple[str, str], tuple[int, int, int]]:
     """(first, second) → instances that first wins, ties and loses, by medians over seeds; no answer loses to one.
 
-    Of judged rows; without instances that neither answered.
+    Of judged rows; without instances that neither answered, or that one of the two does not support.
     """
     solvers = list(dict.fromkeys(row.solver for row in rows))
     medians = _medians(rows, solvers)
+    medians[_is_declined(rows, solvers)] = np.nan  # neither less nor more than any
     is_answered = np.isfinite(medians)
+    is_asked = ~np.isnan(medians)
     table = {}
     for i, first in enumerate(solvers):
         wins = _is_less(medians[i], medians).sum(axis=1)
         losses = _is_less(medians, medians[i]).sum(axis=1)
-        ties = (is_answered[i] | is_answered).sum(axis=1) - wins - losses
+        is_shared = is_asked[i] & is_asked & (is_answered[i] | is_answered)
+        ties = is_shared.sum(axis=1) - wins - losses
         for k, second in enumerate(solvers):
             if k != i:
                 table[first, second] = (int(wins[k]), int(ties[k]), int(losses[k]))
     return table
+
+
+def _is_declined(rows: Sequence[Row], solvers: Sequence[str]) -> NDArray[np.bool_]:
+    """(solvers, instances) whether the solver supports the instance in no seed; instances as in `_medians`."""
+    outcomes: dict[tuple[str, str, str], set[str]] = {}
+    for row in rows:
+        outcomes.setdefault((row.solver, row.testset, row.instance), set()).add(row.termination)
+    instances = dict.fromkeys((row.testset, row.instance) for row in rows)
+    declined = [outcomes.get((solver, *its)) == {Termination.UNSUPPORTED} for solver in solvers for its in instances]
+    return np.array(declined, dtype=bool).reshape(len(solvers), len(instances))
 
 
 def _medians(rows: Sequence[Row], solvers: Sequence[str]) -> NDArray[np.float64]:

@@ -66,12 +66,13 @@ def check_solvers(solvers: Sequence[str]) -> None:
     for solver in solvers:
         if solvers.count(solver) > 1:
             raise InvalidArgument("--solvers", f"{solver!r} twice", "each once")
+        _check_form(solver)
         for kind, name in _stages(solver):
             registry.load(kind, name)
 
 
 def describe(
-    command: str, testsets: Mapping[str, TestSet], solvers: Sequence[str], limits: Limits, threads: int
+    command: str, testsets: Mapping[str, TestSet], solvers: Sequence[str], limits: Mapping[str, Limits]
 ) -> dict[str, Any]:
     """Contents of run.json."""
     described = environment()
@@ -91,11 +92,11 @@ def describe(
                 "description": testset.description,
                 "instances": len(testset),
                 "settings": asdict(testset.settings),
+                "limits": asdict(limits[name]),
             }
             for name, testset in testsets.items()
         ],
         "solvers": {solver: _solver(solver) for solver in solvers},
-        "limits": {**asdict(limits), "threads": threads},
         "environment": described,
     }
 
@@ -103,16 +104,16 @@ def describe(
 def merged(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
     """run.json of a run that is taken up again, with more test sets or solvers perhaps.
 
-    Raises ResultsError where rows of the two could not be compared: other versions, another machine, other limits.
+    Raises ResultsError where rows of the two could not be compared: another commit, other versions, another machine,
+    other limits.
     """
-    if before.get("schema") != now["schema"]:
-        raise ResultsError(f"the run has schema {before.get('schema')}; this version writes {now['schema']}")
-    for part in ("environment", "limits"):
-        for key in sorted(set(before[part]) | set(now[part])):
-            _check_same(key, before[part].get(key), now[part].get(key))
-    for solver in set(before["solvers"]) & set(now["solvers"]):
-        for package, version in now["solvers"][solver]["versions"].items():
-            _check_same(package, before["solvers"][solver]["versions"].get(package), version)
+    _check_same("commit", before["sessions"][-1].get("commit"), now["sessions"][0]["commit"])
+    for what, then, here in differences(before, now):
+        _check_same(what, then, here)
+    limits = {entry["name"]: entry["limits"] for entry in before["testsets"]}
+    for entry in now["testsets"]:
+        for key, limit in entry["limits"].items():
+            _check_same(f"{key} of {entry['name']}", limits.get(entry["name"], entry["limits"]).get(key), limit)
     testsets = {entry["name"]: entry for entry in (*before["testsets"], *now["testsets"])}
     return {
         **now,
@@ -122,9 +123,38 @@ def merged(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """(what, before, now) of machine and versions in which two runs differ."""
+    for key in sorted(set(old["environment"]) | set(new["environment"])):
+        before, now = old["environment"].get(key), new["environment"].get(key)
+        if before != now:
+            yield key, before, now
+    for solver in sorted(set(old["solvers"]) & set(new["solvers"])):
+        for package, now in new["solvers"][solver]["versions"].items():
+            before = old["solvers"][solver]["versions"].get(package)
+            if before != now:
+                yield f"{package} of {solver}", before, now
+
+
 def _check_same(what: str, before: Any, now: Any) -> None:
     if before != now:
         raise ResultsError(f"the run in the folder had {what} {before}, this one has {now}: choose another --output")
+
+
+def _check_form(solver: str) -> None:
+    partitioner, slash, pruner = solver.partition("/")
+    stages = [*partitioner.split("+"), *(pruner.split("+") if slash else ())]
+    for stage in stages:
+        name, at, share = stage.partition("@")
+        if not name or (at and not _is_share(share)):
+            raise InvalidArgument("--solvers", repr(solver), "PARTITIONER or PARTITIONER/PRUNER, chains joined by +")
+
+
+def _is_share(text: str) -> bool:
+    try:
+        return 0 < float(text) <= 1
+    except ValueError:
+        return False
 
 
 def _stages(solver: str) -> Iterator[tuple[str, str]]:

@@ -6,11 +6,12 @@ A row is written and flushed when its solve ends, so that a run which is killed 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_type_hints
@@ -22,8 +23,11 @@ from repurpose_opt.registry import check_importable
 ROWS, RUN, ANSWERS, _LOCK = "rows.csv", "run.json", "answers", ".lock"
 COLUMNS = tuple(field.name for field in fields(Row))
 _SEPARATOR = " | "
+_RUN_KEYS = {"schema", "sessions", "testsets", "solvers", "environment"}
 _DIGITS = 6
 """Of the numbers of a trajectory, which are for curves."""
+_MOST_TEXT = 1000
+"""Characters of a message: backends say anything, and `csv` reads no cell above 128 KiB."""
 
 
 class ResultsError(RepurposeError):
@@ -34,14 +38,16 @@ def read_rows(folder: Path) -> list[Row]:
     """All rows; a last line that was cut off is left out. Raises ResultsError, naming the line."""
     path = folder / ROWS
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
         raise ResultsError(
             f"{path}: {getattr(error, 'strerror', None) or 'no text'}; the folder of a run has one"
         ) from None
-    lines = text[: text.rfind("\n") + 1].splitlines(keepends=True)
-    reader = csv.reader(lines)
-    header = next(reader, [])
+    # Not str.splitlines: it also splits at characters that a name may have.
+    reader = csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
+    header = next(reader, None)
+    if header is None:  # killed before its first line was whole
+        return []
     if header != list(COLUMNS):
         strange = sorted(set(header) ^ set(COLUMNS))
         raise ResultsError(f"{path}: other columns than schema {SCHEMA} has ({', '.join(strange)})")
@@ -63,6 +69,10 @@ def read_run(folder: Path) -> dict[str, Any]:
         run: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ResultsError(f"{path}: {' '.join(str(error).split())}; the folder of a run has one") from None
+    missing = _RUN_KEYS - set(run if isinstance(run, dict) else ())
+    if missing or run["schema"] != SCHEMA or not run["sessions"]:
+        what = f"no {', '.join(sorted(missing))}" if missing else f"schema {run['schema']}; this version reads {SCHEMA}"
+        raise ResultsError(f"{path}: {what}")
     return run
 
 
@@ -78,13 +88,14 @@ class RowFile:
 
     def __init__(self, folder: Path) -> None:
         path = folder / ROWS
-        self._stream = path.open("a+", encoding="utf-8", newline="")
+        self._stream = path.open("a+", encoding="utf-8", errors="backslashreplace", newline="")
         self._cut_torn_line()
         self._writer = csv.writer(self._stream, lineterminator="\n")
         if self._stream.tell() == 0:
             self._write(COLUMNS)
 
     def append(self, row: Row) -> None:
+        row = replace(row, message=_line(row.message), refused=tuple(map(_line, row.refused)))
         self._write([_cell(getattr(row, name)) for name in COLUMNS])
 
     def close(self) -> None:
@@ -161,7 +172,12 @@ def _cell(value: Any) -> str:
         if value and isinstance(value[0], tuple):
             return " ".join(f"{at:.{_DIGITS}g}:{cost:.{_DIGITS}g}" for at, cost in value)
         return _SEPARATOR.join(entry.replace("|", "/") for entry in value)
-    return " ".join(str(value).split()) if isinstance(value, str) else repr(value)
+    return str(value) if isinstance(value, str) else repr(value)
+
+
+def _line(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _MOST_TEXT else f"{line[: _MOST_TEXT - 1]}…"
 
 
 def _row(cells: Sequence[str]) -> Row:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import enum
+import hashlib
 from dataclasses import dataclass
 
 SCHEMA = 1
 """Raised whenever the meaning of a column changes."""
+_MOST_BYTES = 200
+"""Of a file's name; file systems take 255."""
 
 
 class Failure(enum.StrEnum):
@@ -60,7 +63,12 @@ class Task:
             f"{self.time_limit:g}s",
             f"{self.threads}t",
         )
-        return "".join(c if c.isalnum() or c in "-_.+@" else "~" for c in "--".join(parts)) + ".npz"
+        key = "--".join(parts)
+        name = "".join(c if c.isalnum() or c in "-_.+@" else "~" for c in key).encode()
+        if len(name) > _MOST_BYTES:
+            digest = hashlib.sha256(key.encode(errors="backslashreplace")).hexdigest()[:16]
+            name = name[: _MOST_BYTES - len(digest)].decode(errors="ignore").encode() + digest.encode()
+        return f"{name.decode()}.npz"
 
 
 @dataclass(frozen=True)
@@ -108,7 +116,7 @@ class Row:
     cpu_seconds: float | None
     """Of the solve and the processes that it started."""
     peak_bytes: int | None
-    """Most resident memory of its processes together beyond what the runner's own had; sampled."""
+    """Most memory of its processes together beyond what the runner's own had, without files and libraries."""
     overhead: float | None
     """Seconds that the runner took beside the solve."""
     trajectory: tuple[tuple[float, float], ...]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 
-from repurpose_opt.bench.results import ANSWERS, RowFile
+from repurpose_opt.bench.results import ANSWERS, ResultsError, RowFile
 from repurpose_opt.bench.row import Row, Task
 from repurpose_opt.bench.server import Request
 from repurpose_opt.bench.slot import row_of
@@ -19,9 +19,12 @@ Progress = Callable[[int, float | None, str], None]
 
 @dataclass(frozen=True)
 class Limits:
+    """Of the solves of one test set."""
+
     memory_limit: int
     """Bytes of a solve."""
     relative_gap: float
+    """Relative difference of objective and bound that counts as a proof."""
     grace: float
     """Seconds beyond its time limit after which a solve is ended."""
 
@@ -32,10 +35,13 @@ def run(
     folder: Path,
     executor: Executor,
     jobs: int,
-    limits: Limits,
+    limits: Mapping[str, Limits],
     progress: Progress,
 ) -> list[Row]:
-    """The rows of the tasks that `done` has none of, in the order in which they ended; `jobs` run at a time."""
+    """The rows of the tasks that `done` has none of, in the order in which they ended; `jobs` run at a time.
+
+    `limits` are by test set. Raises ResultsError when the executor breaks.
+    """
     finished = {row.task for row in done}
     left = [task for task in tasks if task not in finished]
     pace = Pace(left, done, jobs)
@@ -50,13 +56,15 @@ def run(
             rows.append(row)
             pace.add(row)
             progress(len(rows), pace.seconds_left, f"{row.solver} on {row.instance}")
+    except BrokenExecutor as error:
+        raise ResultsError(f"the executor broke ({error}); the same command goes on") from None
     finally:
         file.close()
     return rows
 
 
 def _as_completed(
-    tasks: Sequence[Task], executor: Executor, most: int, limits: Limits
+    tasks: Sequence[Task], executor: Executor, most: int, limits: Mapping[str, Limits]
 ) -> Iterator[tuple[Row, bytes | None]]:
     """Hands over a few tasks at a time, so that an interrupted run does not wait for all that are queued."""
     waiting: set[Future[tuple[Row, bytes | None]]] = set()
@@ -64,7 +72,8 @@ def _as_completed(
     try:
         while True:
             while len(waiting) < most and (task := next(queue, None)) is not None:
-                request = Request(task, limits.memory_limit, limits.relative_gap, limits.grace)
+                its = limits[task.testset]
+                request = Request(task, its.memory_limit, its.relative_gap, its.grace)
                 waiting.add(executor.submit(row_of, request))
             if not waiting:
                 return

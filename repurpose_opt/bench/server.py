@@ -70,8 +70,8 @@ class Built:
 
 
 class _Server:
-    def __init__(self, watched: int) -> None:
-        self.watched = watched
+    def __init__(self, requests: int, replies: int) -> None:
+        self.pipes = (requests, replies)
         self.built: Built | None = None  # the last one: its solves follow each other
         self.loaded: set[str] = set()
 
@@ -114,7 +114,14 @@ class _Server:
         return judged.value, answer
 
     def _call(self, function: Any, *arguments: Any, seconds: float, memory_limit: int) -> Outcome:
-        return call(function, *arguments, seconds=seconds, memory_limit=memory_limit, watched=self.watched)
+        return call(
+            function,
+            *arguments,
+            seconds=seconds,
+            memory_limit=memory_limit,
+            watched=self.pipes[0],
+            private=self.pipes,
+        )
 
     def _load(self, solver: str) -> None:
         """Import here what solving with it imports, so that forks have it; a solver that fails at that is not spared
@@ -216,7 +223,7 @@ def main() -> None:
     with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), 0)
     os.dup2(2, 1)
-    server = _Server(requests.fileno())
+    server = _Server(requests.fileno(), replies.fileno())
     while True:
         try:
             write_message(replies, server.reply(read_message(requests)))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from repurpose_opt.bench.claims import ZERO, Known, is_at_most, is_proved, known
+from repurpose_opt.bench.claims import AS_GOOD, ZERO, Known, is_at_most, is_proved, known
 from repurpose_opt.bench.row import Failure, Row
 from repurpose_opt.solver import Termination
 
@@ -16,8 +16,8 @@ SHIFT_SECONDS = 0.1
 """Of the shifted geometric mean of times: (Π (t + shift))^(1/n) − shift."""
 SIZES = {"small": 64, "medium": 512}
 """Most neurons m of the sizes; what has more is large."""
-AS_GOOD = 0.01
-"""Difference of gaps to the best that a faster solver is worth."""
+CLEARLY_FASTER = 0.9
+"""Of the seconds of another solver."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,13 @@ class Recommended:
 
     So that all are ranked on the same solves, those that a solver does not support, or has no row of, count as 1.
     """
+    bounded: int
+    """Instances that have a bound."""
     fastest: Summary | None
-    """The fastest of those whose gap to best is within 0.01 of the first's."""
+    """The fastest of those whose gap to best is within AS_GOOD of the first's and that is faster, else the first.
+
+    It counts as faster from a tenth on.
+    """
 
 
 def summaries(rows: Sequence[Row]) -> list[Summary]:
@@ -157,6 +162,7 @@ def recommendations(rows: Sequence[Row]) -> list[Recommended]:
 
 
 def _recommended(formulation: str, size: str, rows: Sequence[Row]) -> Recommended:
+    found = known(rows)
     solves = len({(row.testset, row.instance, row.seed, row.time_limit, row.threads) for row in rows})
     supporting = [summary for summary in summaries(rows) if summary.solves]
     asked = Counter(row.solver for row in rows if row.termination == Termination.INFEASIBLE)
@@ -166,8 +172,12 @@ def _recommended(formulation: str, size: str, rows: Sequence[Row]) -> Recommende
     # Rounded, so that solvers that differ by less than SAME are ranked by their seconds.
     ranking = sorted(supporting, key=lambda its: (round(gaps[its.solver], 6), _seconds(its)))
     as_good = [its for its in ranking if gaps[its.solver] <= gaps[ranking[0].solver] + AS_GOOD]
-    instances = len({(row.testset, row.instance) for row in rows})
-    return Recommended(formulation, size, instances, tuple(ranking), min(as_good, key=_seconds, default=None))
+    of = {(row.testset, row.instance) for row in rows}
+    bounded = sum(found[key].bound is not None for key in of)
+    fastest = min(as_good, key=_seconds, default=None)
+    if fastest is not None and _seconds(fastest) > CLEARLY_FASTER * _seconds(ranking[0]):
+        fastest = ranking[0]
+    return Recommended(formulation, size, len(of), tuple(ranking), bounded, fastest)
 
 
 def _gap_of_all(summary: Summary, judged: int, solves: int) -> float:

@@ -23,6 +23,14 @@ def load_all() -> tuple[list[tuple[TestSet, str | None]], dict[str, str]]:
     return loaded, broken
 
 
+def canonical(name: str) -> str:
+    """One spelling of a folder's path, which is in the key of rows: ./layers/ is ./layers. Other names as they are."""
+    if os.sep not in name:
+        return name
+    path = os.path.normpath(name)
+    return path if os.path.isabs(path) else os.path.join(os.curdir, path)
+
+
 def test_set(name: str) -> TestSet:
     """The registered test set of this name; that of a folder where the name is a path with a separator.
 

@@ -6,13 +6,14 @@ import argparse
 import json
 import math
 import shlex
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from repurpose_opt.cli.text import FAILED, PROGRAM, add_verb, aligned, positive, price, seconds
+from repurpose_opt.cli.text import FAILED, PROGRAM, add_verb, aligned, gibibytes, positive, price, seconds
 from repurpose_opt.errors import InvalidArgument
 from repurpose_opt.registry import check_importable
 
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
     from concurrent.futures import Executor
 
     from repurpose_opt.bench.row import Row
-    from repurpose_opt.bench.runner import Progress
+    from repurpose_opt.bench.runner import Limits, Progress
+    from repurpose_opt.bench.testset import Settings
 
 _GIB = 2**30
 _FULL = {"time_limit": 10.0, "seeds": 5}
@@ -85,7 +87,9 @@ def _add_run(actions: Any) -> None:
         "--time-limit", type=seconds, metavar="S", help="of each solve; default: the test set's, mostly 1"
     )
     verb.add_argument("--full", action="store_true", help="10 s and 5 seeds, where nothing else is said")
-    verb.add_argument("--memory-limit", type=seconds, default=4.0, metavar="GIB", help="of each solve; default: 4")
+    verb.add_argument(
+        "--memory-limit", type=gibibytes, metavar="GIB", help="of each solve; default: the test set's, mostly 4"
+    )
     verb.add_argument("--threads", type=positive, default=1, metavar="N", help="of each solve; default: 1")
     verb.add_argument("--jobs", type=positive, metavar="N", help="solves at a time; default: cores / threads")
     verb.add_argument(
@@ -94,7 +98,7 @@ def _add_run(actions: Any) -> None:
     verb.add_argument("--grace", type=price, default=_GRACE, metavar="S", help="to end a solve after; default: 5")
     verb.add_argument("--output", type=Path, metavar="DIR", help="default: bench-SET")
     verb.add_argument("--json", action="store_true", help="print a summary as JSON")
-    verb.set_defaults(run=_run)
+    verb.set_defaults(run=_run, usage_error=verb.error)
 
 
 def _list(args: argparse.Namespace) -> int:
@@ -129,38 +133,45 @@ def _list(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     from repurpose_opt.bench import plan, results
-    from repurpose_opt.bench.runner import Limits, run
-    from repurpose_opt.bench.testsets import test_set
+    from repurpose_opt.bench.runner import run
+    from repurpose_opt.bench.testsets import canonical, test_set
 
     if args.jobs and args.executor:
         args.usage_error("--jobs is for this machine, --executor for others")
     solvers = plan.installed_solvers() if args.solvers is None else args.solvers.split(",")
     plan.check_solvers(solvers)
-    testsets = {name: test_set(name) for name in dict.fromkeys(args.testsets)}
+    testsets = {name: test_set(name) for name in dict.fromkeys(map(canonical, args.testsets))}
     if args.full:
         args.time_limit = args.time_limit or _FULL["time_limit"]
         args.seeds = args.seeds or _FULL["seeds"]
     tasks = plan.tasks(testsets, solvers, args.only, args.seeds, args.time_limit, args.threads)
-    gaps = [testset.settings.relative_gap for testset in testsets.values()]
-    limits = Limits(int(args.memory_limit * _GIB), min(gaps), args.grace)
-    folder = args.output or Path(f"bench-{Path(args.testsets[0]).name}")
+    limits = {name: _limits(args, testset.settings) for name, testset in testsets.items()}
+    folder = args.output or Path(f"bench-{Path(args.testsets[0]).resolve().name}")
     folder.mkdir(parents=True, exist_ok=True)
-    described = plan.describe(_command(args), testsets, solvers, limits, args.threads)
+    described = plan.describe(_command(args), testsets, solvers, limits)
     with results.locked(folder):
         done = results.read_rows(folder) if (folder / results.ROWS).exists() else []
         if (folder / results.RUN).exists():
             described = plan.merged(results.read_run(folder), described)
-        results.write_run(folder, described)
         left = len(set(tasks) - {row.task for row in done})
+        if left:
+            results.write_run(folder, described)
         with _executor(args) as (executor, jobs), _progress(left) as progress:
             added = run(tasks, done, folder, executor, jobs, limits, progress)
     _say_summary(args, folder, [*done, *added], len(added))
     return 0
 
 
+def _limits(args: argparse.Namespace, settings: Settings) -> Limits:
+    from repurpose_opt.bench.runner import Limits
+
+    memory_limit = settings.memory_limit if args.memory_limit is None else int(args.memory_limit * _GIB)
+    return Limits(memory_limit, settings.relative_gap, args.grace)
+
+
 def _command(args: argparse.Namespace) -> str:
     """The command as it can be given again, without what says where results go and how they are shown."""
-    defaults = {"only": "*", "memory_limit": 4.0, "threads": 1, "grace": _GRACE}
+    defaults = {"only": "*", "threads": 1, "grace": _GRACE}
     words = [PROGRAM, "bench", "run", *args.testsets]
     for name in ("solvers", "only", "seeds", "time_limit", "memory_limit", "threads", "jobs", "executor", "grace"):
         value = getattr(args, name)
@@ -250,7 +261,7 @@ def _check(args: argparse.Namespace) -> int:
 
     folder = results.check_folder(args.folder)
     rows = results.read_rows(folder)
-    relative_gap = results.read_run(folder)["limits"]["relative_gap"]
+    relative_gap = {entry["name"]: entry["limits"]["relative_gap"] for entry in results.read_run(folder)["testsets"]}
     if not (folder / results.ANSWERS).is_dir():
         raise InvalidArgument("DIR", f"{folder}, without its {results.ANSWERS}/", "a run with the answers to recompute")
     answered = sum(row.has_answer for row in rows)
@@ -307,7 +318,7 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from repurpose_opt.bench import results
+    from repurpose_opt.bench import plan, results
     from repurpose_opt.bench.compare import compare
     from repurpose_opt.bench.compare_text import rendered
 
@@ -315,6 +326,10 @@ def _compare(args: argparse.Namespace) -> int:
     comparison = compare(
         old, new, objective_tolerance=args.objective_tolerance, seconds_tolerance=args.seconds_tolerance
     )
+    if not any(solver.tasks for solver in comparison.solvers):
+        raise InvalidArgument("NEW", f"{args.new}, which shares no task with {args.old}", "a run of the same tasks")
+    for what, before, now in plan.differences(results.read_run(args.old), results.read_run(args.new)):
+        print(f"{PROGRAM}: note: {what} was {before}, and is {now}: seconds may differ by that alone", file=sys.stderr)
     if args.json:
         told = asdict(comparison)
         for entry, solver in zip(told["solvers"], comparison.solvers, strict=True):

@@ -52,6 +52,10 @@ def seconds(text: str) -> float:
     return _checked(text, float, lambda value: 0 < value < math.inf, "seconds > 0")
 
 
+def gibibytes(text: str) -> float:
+    return _checked(text, float, lambda value: 0 < value < math.inf, "GiB > 0")
+
+
 def loads(text: str) -> float | list[float]:
     found = [_checked(part, float, lambda value: value >= 0, "numbers ≥ 0 with commas") for part in text.split(",")]
     return found[0] if len(found) == 1 else found

@@ -18,12 +18,13 @@ WITHIN = 0.01
 """Of the least known objective: the target of the time to target."""
 _POINTS = 50
 """Most points of a curve; more cannot be told apart at the size of a chart."""
-_OUTCOMES = ("best is 0", "time-out", "failed", "infeasible", "unsupported", "not run")
+_OUTCOMES = ("best is 0", "beyond 1 %", "time-out", "failed", "infeasible", "unsupported", "not run")
 _REASONS = {
     Failure.TIMEOUT.value: "time-out",
     Failure.NO_ANSWER.value: "time-out",
     "infeasible": "infeasible",
     "unsupported": "unsupported",
+    "worse": "beyond 1 %",
     "missing": "not run",
 }
 _KNOTS = (1.0, 1.01, 1.1, 2.0)
@@ -48,7 +49,8 @@ def formulation_charts(name: str, rows: Sequence[Row], grouped: Grouped) -> Char
     caption = (
         "Profiles (Dolan and Moré 2002): the share of solves whose measure is within a ratio of the best of their "
         "instance; higher is better. Right of the line, solves without a ratio are added one outcome at a time. "
-        "Axes of ratios are stretched near 1. Incumbents over time are the backends' own claims."
+        "Axes of ratios are stretched near 1. Times count where the answer is within 1 % of the best known, as bad "
+        "answers are fast. Incumbents over time are the backends' own claims."
     )
     return Charts(f"charts-{slug(name)}", charts, legend, caption)
 
@@ -80,7 +82,8 @@ def profile_chart(formulation: str, profile: Profile, series: Mapping[str, int])
     curves = tuple(
         Curve(series[solver], solver, *_profile_curve(profile, solver, scale, edge, right)) for solver in profile.ratios
     )
-    name, title = f"{formulation}-profile-{profile.measure}", f"Performance profile: {what}"
+    within = " of answers within 1 %" if profile.measure == "seconds" else ""
+    name, title = f"{formulation}-profile-{profile.measure}", f"Performance profile: {what}{within}"
     return Chart(name, title, _profile_words(what, profile), x_axis, _share_axis(), curves)
 
 
@@ -113,7 +116,8 @@ def _profile_words(what: str, profile: Profile) -> str:
     shares = {solver: sum(r <= 1 + statistics.SAME for r in ratios) for solver, ratios in profile.ratios.items()}
     most = max(shares, key=lambda solver: shares[solver])
     return (
-        f"Performance profile of the {what} of {len(profile.ratios)} solvers. {most} is most often the best, "
+        f"Performance profile of the {what} of {len(profile.ratios)} solvers. {most} is most often "
+        f"{'the first within 1 % of the best known' if profile.measure == 'seconds' else 'the best'}, "
         f"in {percent(shares[most] / max(1, profile.solves))} of the solves."
     )
 

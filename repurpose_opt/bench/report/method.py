@@ -13,7 +13,7 @@ from repurpose_opt.bench.report.text import counted, listed, memory, significant
 from repurpose_opt.bench.row import Row
 from repurpose_opt.bench.statistics import SAME, SHIFT_SECONDS
 
-_MACHINE = ("machine", "cores", "system", "python")
+_MACHINE = ("machine", "processor", "memory_gib", "cores", "system", "python")
 LIMITATIONS = (
     "Seconds of backends that run native code in a child process include the start of that process and the copy of "
     "the problem.",
@@ -22,7 +22,8 @@ LIMITATIONS = (
     "as refused; one that nobody refutes is believed.",
     "The best known objective is the best of this run, not a proved optimum, unless an instance is called proved.",
     "Other work on the machine shows in the seconds: compare ratios and profiles rather than single times.",
-    "Peak memory is sampled: a short peak between two samples is missed.",
+    "Peak memory is without libraries and files, and sampled where a solve has several processes: a short peak between "
+    "two samples is missed.",
     "A solve has one thread unless the command says otherwise; nothing here says how backends scale over cores.",
     "A gap on calibration moments says nothing of unseen data.",
 )

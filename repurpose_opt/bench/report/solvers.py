@@ -20,7 +20,7 @@ _GAP_TO_BEST = Column(
 _GAP_TO_BOUND = Column(
     "Gap to bound",
     note="mean of (objective − highest valid bound of any solver) / objective, where an instance has a bound: "
-    "the optimum is no further away than that",
+    "the optimum is no further away than that; (2 of 5): so many instances have one",
 )
 _PROVED = Column("Proved optimal", note="share of the solves whose own bound proves their answer optimal")
 _SECONDS = Column("Seconds", note="shifted geometric mean; a solve without an answer counts with its time limit")
@@ -58,11 +58,19 @@ def _recommendation(found: Recommended) -> tuple[Cell, ...]:
         Cell(best.solver),
         whole(found.instances),
         share(best.gap_to_best),
-        share(best.gap_to_bound),
+        _of_bounded(best.gap_to_bound, found),
         share(_proved_share(best)),
         number(best.seconds, 2),
         Cell(alternative),
     )
+
+
+def _of_bounded(gap: float | None, found: Recommended) -> Cell:
+    """A gap to bounds, and how many instances have one if not all do."""
+    cell = share(gap)
+    if gap is None or found.bounded == found.instances:
+        return cell
+    return Cell(f"{cell.text} ({found.bounded} of {found.instances})", gap)
 
 
 def summary_table(caption: str, summaries: Sequence[Summary]) -> Table:
@@ -168,7 +176,7 @@ def wins_table(rows: Sequence[Row]) -> Table | None:
         (Cell(f"{title} {first}"), *(_wins(counts.get((first, second))) for second in solvers))
         for title, first in zip(titles, solvers, strict=True)
     )
-    caption = "Wins – ties – losses of the solver in the row against the one in the column, by instance"
+    caption = "Wins – ties – losses of the solver in the row against that in the column, by instance that both support"
     return Table(caption, columns, body, is_sortable=False)
 
 
