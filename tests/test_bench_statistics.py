@@ -367,3 +367,14 @@ def test_bounds_are_said_of_how_many_instances() -> None:
     rows = [row(instance="x", bound=8.0), row(instance="y", bound=None)]
     (found,) = s.recommendations(rows)
     assert (found.bounded, found.instances) == (1, 2)
+
+
+def test_of_two_equally_good_solvers_the_one_that_proves_is_recommended_and_the_fast_one_named() -> None:
+    rows = [
+        row(solver="fast", objective=10.0, bound=None, termination="heuristic", seconds=0.1),
+        row(solver="proves", objective=10.0, bound=10.0, termination="optimal", seconds=0.9),
+    ]
+    (found,) = s.recommendations(rows)
+    assert [each.solver for each in found.ranking] == ["proves", "fast"]
+    assert found.fastest is not None
+    assert found.fastest.solver == "fast"

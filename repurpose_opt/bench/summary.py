@@ -68,7 +68,8 @@ class Recommended:
     """small (m ≤ 64), medium (≤ 512) or large."""
     instances: int
     ranking: tuple[Summary, ...]
-    """All solvers that support at least one of them: by gap to best (of the same share of solves), then seconds.
+    """All solvers that support at least one of them: by gap to best (of the same share of solves), then by the share
+    that they prove, then by seconds.
 
     So that all are ranked on the same solves, those that a solver does not support, or has no row of, count as 1.
     """
@@ -169,8 +170,8 @@ def _recommended(formulation: str, size: str, rows: Sequence[Row]) -> Recommende
     gaps = {
         its.solver: _gap_of_all(its, its.solves - asked[its.solver], solves - asked[its.solver]) for its in supporting
     }
-    # Rounded, so that solvers that differ by less than SAME are ranked by their seconds.
-    ranking = sorted(supporting, key=lambda its: (round(gaps[its.solver], 6), _seconds(its)))
+    # Rounded, so that gaps that differ by less than SAME are the same.
+    ranking = sorted(supporting, key=lambda its: (round(gaps[its.solver], 6), -its.proved / its.solves, _seconds(its)))
     as_good = [its for its in ranking if gaps[its.solver] <= gaps[ranking[0].solver] + AS_GOOD]
     of = {(row.testset, row.instance) for row in rows}
     bounded = sum(found[key].bound is not None for key in of)
