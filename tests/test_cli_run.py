@@ -478,6 +478,7 @@ def stopped_run(signal_name: str, stopped_at: int, arguments: list[str]) -> int:
             os.kill(os.getpid(), signal.Signals[signal_name])
 
     os.replace = replace_and_stop  # type: ignore[assignment]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     return cli.main(arguments)
 
 

@@ -138,7 +138,7 @@ def ignores_infeasibility(candidate: Candidate, problem: LayerProblem) -> Candid
 
 
 PARTITIONER_FAULTS: dict[str, tuple[Any, str]] = {
-    "everything on worker 0": (faulty(Contiguous, moved), "ended with an error: worker 0 holds load"),
+    "everything on worker 0": (faulty(Contiguous, moved), "ended with an error: faulty: worker 0 holds load"),
     "an optimum that is none": (faulty(Munkres, optimal_but_not), "oracle-.*above the least objective"),
     "no bound": (faulty(Munkres, lambda c, _: replace(c, bound=None)), "claims that do not hold"),
     "a wrong objective": (faulty(Munkres, lambda c, _: replace(c, claimed_objective=1.0)), "claims that do not hold"),
