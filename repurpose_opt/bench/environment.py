@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 
@@ -45,8 +47,14 @@ def capped_threads(threads: int) -> dict[str, str]:
 def distributions_of(module: str) -> list[str]:
     """The distributions that a module or its top package comes from; where they do not say, the one of its name."""
     package = module.partition(".")[0]
-    found = sorted(set(packages_distributions().get(package, ())))
+    found = sorted(set(_distributions().get(package, ())))
     return found or ([package] if package_version(package) is not None else [])
+
+
+@cache
+def _distributions() -> Mapping[str, list[str]]:
+    """By package; reading what every distribution holds takes half a second."""
+    return packages_distributions()
 
 
 def package_version(distribution: str) -> str | None:

@@ -6,7 +6,6 @@ import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from functools import cache
 from typing import Any
 
 from repurpose_opt import registry
@@ -173,11 +172,6 @@ def _solver(solver: str) -> dict[str, Any]:
     versions = {}
     for stage in stages:
         for module in (stage.__module__, *stage.requires):
-            for distribution in _distributions(module):
+            for distribution in distributions_of(module):
                 versions[distribution] = package_version(distribution)
     return {"summary": summary, "versions": versions}
-
-
-@cache
-def _distributions(module: str) -> tuple[str, ...]:
-    return tuple(distributions_of(module))
