@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import shutil
+import shutil
 import signal
 import stat
 import subprocess
@@ -407,3 +408,15 @@ def test_runs_without_a_task_in_common_are_not_compared(tmp_path: Path, capsys: 
     assert main(["bench", "compare", str(tmp_path / "edge-0"), str(tmp_path / "edge-1")]) == 1
     assert "shares no task" in capsys.readouterr().err
     assert main(["bench", "compare", str(tmp_path / "edge-0"), str(tmp_path / "edge-0")]) == 0
+
+
+def test_a_report_without_the_answers_says_so(
+    plain_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("jinja2")
+    for name in ("rows.csv", "run.json"):
+        shutil.copy(plain_run / name, tmp_path)
+    assert main(["bench", "report", str(tmp_path)]) == 0
+    assert "no picture of" in capsys.readouterr().err
+    assert main(["bench", "check", str(tmp_path)]) == 1
+    assert "without its answers/" in capsys.readouterr().err

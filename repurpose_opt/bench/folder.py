@@ -80,7 +80,7 @@ class FolderTestSet:
     def __init__(self, path: Path | str) -> None:
         folder = Path(path)
         if not folder.is_dir():
-            raise InvalidArgument("FOLDER", f"{folder}, which is no folder", "a folder of instances")
+            raise InvalidArgument("FOLDER", f"{folder}, which is no folder here", "a folder of instances")
         files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
         if not files:
             raise InvalidArgument("FOLDER", f"{folder} without any", f"files that end in {', '.join(SUFFIXES)}")

@@ -21,6 +21,8 @@ class BestAnswers:
     """The problem of an instance and the owners (m,) of its best verified answer; builds each instance when asked."""
 
     def __init__(self, folder: Path, rows: Sequence[Row]) -> None:
+        self.missing: dict[str, str] = {}
+        """Instances that have an answer but no problem here, and why."""
         self._folder = folder
         self._best: dict[tuple[str, str], Row] = {}
         for row in rows:
@@ -30,15 +32,17 @@ class BestAnswers:
                     self._best[row.testset, row.instance] = row
 
     def __call__(self, testset: str, instance: str) -> tuple[LayerProblem, NDArray[Any]] | None:
-        """None where there is no answer, the instance cannot be built here, or is not the one that was solved."""
+        """None where there is no answer; and where `missing` then says why the instance is not here."""
         row = self._best.get((testset, instance))
         if row is None:
             return None
         try:
             built = next((found.build() for found in test_set(testset) if found.name == instance), None)
             if built is None or fingerprint(*built) != row.fingerprint:
+                self.missing[instance] = "it is another one now"
                 return None
             answer = Answer.of_bytes((self._folder / ANSWERS / row.task.file).read_bytes(), built[0])
-        except (RepurposeError, OSError):
+        except (RepurposeError, OSError) as error:
+            self.missing[instance] = str(error)
             return None
         return None if answer.owner is None else (built[0], answer.owner)

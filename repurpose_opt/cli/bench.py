@@ -307,9 +307,11 @@ def _report(args: argparse.Namespace) -> int:
 
     folder = results.check_folder(args.folder)
     rows = results.read_rows(folder)
-    written = write_report(
-        args.output or folder, rows, results.read_run(folder), problem_and_owner=BestAnswers(folder, rows)
-    )
+    answers = BestAnswers(folder, rows)
+    written = write_report(args.output or folder, rows, results.read_run(folder), problem_and_owner=answers)
+    for instance, reason in list(answers.missing.items())[:1]:
+        rest = f" and of {len(answers.missing) - 1} more" if len(answers.missing) > 1 else ""
+        print(f"{PROGRAM}: note: no picture of {instance}{rest}: {reason}", file=sys.stderr)
     if args.json:
         print(json.dumps([str(path) for path in written], indent=2))
     else:
