@@ -6,7 +6,6 @@ import csv
 import json
 import os
 import shutil
-import shutil
 import signal
 import stat
 import subprocess
