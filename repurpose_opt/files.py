@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import sparse
 
 from repurpose_opt.errors import InvalidArgument, RepurposeError, SolverNotInstalled
 from repurpose_opt.problem import Weight
@@ -33,6 +34,14 @@ def read_weight(path: Path, key: str | None = None) -> Weight:
     if key is not None and suffix in (".npy", ".mtx"):
         raise InvalidArgument("--key", f"{key!r} for {path.name}", "keys for .npz and .safetensors only")
     return _guarded(readers[suffix], "FILE", path, key)
+
+
+def weight_arrays(weight: Weight) -> dict[str, NDArray[Any]]:
+    """W or V for an .npz file: `weight`, or of a CSR matrix weight_data, weight_indices, weight_indptr, weight_shape."""
+    if not sparse.issparse(weight):
+        return {"weight": weight}
+    parts = {name: getattr(weight, name) for name in ("data", "indices", "indptr")}
+    return {f"weight_{name}": part for name, part in {**parts, "shape": np.array(weight.shape)}.items()}
 
 
 def read_array(path: Path, argument: str) -> NDArray[Any]:

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from repurpose_opt.bench.compare import Change, Ratio, SolverComparison, compare
-from repurpose_opt.bench.compare_text import rendered
 from repurpose_opt.bench.row import Failure, Row
+from repurpose_opt.cli.compare_text import rendered
 from repurpose_opt.errors import InvalidArgument
 
 seeds = st.integers(0, 2**32 - 1)

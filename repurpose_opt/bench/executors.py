@@ -49,12 +49,8 @@ def named(address: str) -> Iterator[tuple[Executor, int]]:
         return
     module, _, function = address.partition(":")
     try:
-        make = getattr(import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InvalidArgument("--executor", f"{address!r} ({error})", _ALLOWED) from None
-    try:
-        executor = make()
-    except TypeError as error:
+        executor = getattr(import_module(module), function)()
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise InvalidArgument("--executor", f"{address!r} ({error})", _ALLOWED) from None
     if not isinstance(executor, Executor):
         raise InvalidArgument("--executor", f"{address!r}, which gives a {type(executor).__name__}", _ALLOWED)

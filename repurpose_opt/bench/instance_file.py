@@ -18,6 +18,7 @@ from scipy import sparse
 from repurpose_opt import registry
 from repurpose_opt.bench.testset import Instance
 from repurpose_opt.errors import InvalidArgument, RepurposeError
+from repurpose_opt.files import weight_arrays
 from repurpose_opt.formulation import Formulation
 from repurpose_opt.moments import Moments
 from repurpose_opt.problem import LayerProblem
@@ -50,7 +51,7 @@ def save_instance(path: Path | str, instance: Instance) -> None:
         raise InvalidArgument("path", path.name, "a name that ends in .npz")
     problem = instance.problem
     arrays: dict[str, Any] = {name: getattr(problem, name) for name in (*_LIMITS, *_VALUES, *_ROWS)}
-    arrays |= _weight_arrays(problem.weight) | _moment_arrays(problem.moments)
+    arrays |= weight_arrays(problem.weight) | _moment_arrays(problem.moments)
     arrays |= {"formulation": json.dumps(described(instance.formulation)), "n_workers": problem.P}
     arrays |= {"broadcast": problem.broadcast, "kind": instance.kind, "judge_once": instance.judge_once}
     with path.open("wb") as stream:
@@ -141,12 +142,6 @@ def naming(path: Path) -> Iterator[None]:
 
 
 _EXAMPLE = 'a name and its fields, as {"name": "volume", "budget": 0.05}'
-
-
-def _weight_arrays(weight: Any) -> dict[str, Any]:
-    if not sparse.issparse(weight):
-        return {"weight": weight}
-    return dict(zip(_CSR, (weight.data, weight.indices, weight.indptr, weight.shape), strict=True))
 
 
 def _moment_arrays(moments: Moments) -> dict[str, Any]:

@@ -322,7 +322,7 @@ def _report(args: argparse.Namespace) -> int:
 def _compare(args: argparse.Namespace) -> int:
     from repurpose_opt.bench import plan, results
     from repurpose_opt.bench.compare import compare
-    from repurpose_opt.bench.compare_text import rendered
+    from repurpose_opt.cli.compare_text import rendered
 
     old, new = (results.read_rows(results.check_folder(folder)) for folder in (args.old, args.new))
     comparison = compare(

@@ -19,9 +19,10 @@ from repurpose_opt.auto import auto_pruner
 from repurpose_opt.cli.instance import add_instance, check_file, formulation_of, problem_of, start_of
 from repurpose_opt.cli.text import add_verb, aligned, check_output, fail, natural, seconds
 from repurpose_opt.errors import InvalidArgument, NoSolution
+from repurpose_opt.files import weight_arrays
 from repurpose_opt.formats import nearest_placement, read_partition
 from repurpose_opt.formulation import Formulation
-from repurpose_opt.problem import LayerProblem, Weight
+from repurpose_opt.problem import LayerProblem
 from repurpose_opt.pruning import Pruning, load_pruner
 from repurpose_opt.solution import LayerSolution, verify
 from repurpose_opt.solve import solve_problem
@@ -209,7 +210,7 @@ def _write_solution(path: Path, solution: LayerSolution, figures: Mapping[str, A
         **messages,
         "bias": solution.bias,
         "metadata": np.array(json.dumps(figures)),
-        **_weight_arrays(solution.weight),
+        **weight_arrays(solution.weight),
     }
     part = path.with_name(path.name + ".part")
     try:
@@ -218,13 +219,6 @@ def _write_solution(path: Path, solution: LayerSolution, figures: Mapping[str, A
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
-
-
-def _weight_arrays(weight: Weight) -> dict[str, Any]:
-    if isinstance(weight, np.ndarray):
-        return {"weight": weight}
-    parts = {name: getattr(weight, name) for name in ("data", "indices", "indptr")}
-    return {f"weight_{name}": part for name, part in {**parts, "shape": np.array(weight.shape)}.items()}
 
 
 def _table(figures: Mapping[str, Any]) -> str:

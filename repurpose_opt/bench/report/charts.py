@@ -8,14 +8,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import numpy as np
 
 from repurpose_opt.bench import statistics
+from repurpose_opt.bench.claims import AS_GOOD
 from repurpose_opt.bench.report.document import Axis, Chart, Charts, Curve
 from repurpose_opt.bench.report.grouped import Grouped, slug
 from repurpose_opt.bench.report.text import percent, significant
 from repurpose_opt.bench.row import Failure, Row
 from repurpose_opt.bench.statistics import Profile
 
-WITHIN = 0.01
-"""Of the least known objective: the target of the time to target."""
 _POINTS = 50
 """Most points of a curve; more cannot be told apart at the size of a chart."""
 _OUTCOMES = ("best is 0", "beyond 1 %", "time-out", "failed", "infeasible", "unsupported", "not run")
@@ -42,7 +41,7 @@ def formulation_charts(name: str, rows: Sequence[Row], grouped: Grouped) -> Char
         profile_chart(name, statistics.profile(rows, "objective"), grouped.series),
         profile_chart(name, statistics.profile(rows, "seconds"), grouped.series),
         anytime_chart(name, statistics.anytime(rows), grouped.series),
-        target_chart(name, statistics.times_to_target(rows, WITHIN), grouped.series),
+        target_chart(name, statistics.times_to_target(rows, AS_GOOD), grouped.series),
     )
     drawn = {curve.series for chart in charts for curve in chart.curves}
     legend = tuple((place, solver) for solver, place in grouped.series.items() if place in drawn)
@@ -152,9 +151,9 @@ def target_chart(
             curves.append(Curve(series[solver], solver, *_steps(places, len(reached) + never, x_axis.low, x_axis.high)))
     shares = {solver: len(reached) / max(1, len(reached) + never) for solver, (reached, never) in times.items()}
     most = max(shares, key=lambda solver: shares[solver], default=None)
-    words = f"Share of solves with an incumbent within {100 * WITHIN:g} % of the best known, over time"
+    words = f"Share of solves with an incumbent within {100 * AS_GOOD:g} % of the best known, over time"
     words += ": none." if most is None else f"; {most} reaches it most often, in {percent(shares[most])}."
-    name, title = f"{formulation}-target", f"Time to {100 * WITHIN:g} % of the best known"
+    name, title = f"{formulation}-target", f"Time to {100 * AS_GOOD:g} % of the best known"
     return Chart(name, title, words, x_axis, _share_axis(), tuple(curves))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from repurpose_opt.bench.compare import Change, Comparison, Ratio, SolverComparison
+from repurpose_opt.cli.text import aligned
 
 HEADER = ("SOLVER", "TASKS", "OBJECTIVE", "SECONDS", "FAILURES", "ANSWERS", "PROOFS", "REFUSED", "VERDICT")
 
@@ -14,16 +15,14 @@ def rendered(comparison: Comparison, most: int = 5) -> str:
 
     Of each kind of change at most `most` are listed; how many more there are is said.
     """
-    table = [HEADER, *(_line(solver) for solver in comparison.solvers)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in table]
+    table = aligned([HEADER, *(_line(solver) for solver in comparison.solvers)])
     explained = [
         "",
         "Objective and seconds: geometric mean of new / old with 95 % interval over instances. Others: new failures,",
         "lost answers, lost proofs and newly refused claims.",
     ]
     details = [line for solver in comparison.solvers for line in _details(solver, most)]
-    return "\n".join([_verdict(comparison), "", *lines, *explained, *details])
+    return "\n".join([_verdict(comparison), "", table, *explained, *details])
 
 
 def _verdict(comparison: Comparison) -> str:
