@@ -36,8 +36,8 @@ def read_weight(path: Path, key: str | None = None) -> Weight:
     return _guarded(readers[suffix], "FILE", path, key)
 
 
-def weight_arrays(weight: Weight) -> dict[str, NDArray[Any]]:
-    """W or V for an .npz file: `weight`, or of a CSR matrix weight_data, weight_indices, weight_indptr, weight_shape."""
+def weight_arrays(weight: Weight) -> dict[str, Any]:
+    """W or V for an .npz file: `weight`, or of a CSR matrix weight_data, _indices, _indptr and _shape."""
     if not sparse.issparse(weight):
         return {"weight": weight}
     parts = {name: getattr(weight, name) for name in ("data", "indices", "indptr")}
